@@ -1,0 +1,46 @@
+"""Everything babelrs-geo raises on purpose.
+
+    BabelError
+    ├── SceneError       (OSError)     a raster cannot be opened, read or understood
+    ├── SensorError      (ValueError)  the sensor is unknown, unclear, or does not fit the bands
+    ├── GeorefError      (ValueError)  a place on the ground was asked of pixels that have none
+    ├── LabelError       (ValueError)  vectors, labels or an area of interest cannot be used
+    ├── ParameterError   (ValueError)  an option is out of range or contradicts another
+    ├── WeightsError     (ValueError)  a checkpoint is missing, damaged, or lacks what was asked of it
+    └── OutputError      (OSError)     a result cannot be written where it was asked for
+
+Each leaf also inherits the standard exception a caller would expect, so `except OSError` and `except ValueError`
+work without importing this module. A message is one line: what was given, what was expected, what to do next.
+"""
+
+
+class BabelError(Exception):
+    """Root of the tree: catching it catches all that the library raises on purpose."""
+
+
+class SceneError(BabelError, OSError):
+    """A raster cannot be opened, read or understood."""
+
+
+class SensorError(BabelError, ValueError):
+    """The sensor is unknown, cannot be told from the metadata, or does not fit the bands."""
+
+
+class GeorefError(BabelError, ValueError):
+    """A place on the ground was asked of pixels that have none, or a georeference is degenerate."""
+
+
+class LabelError(BabelError, ValueError):
+    """Vectors, labels or an area of interest cannot be used."""
+
+
+class ParameterError(BabelError, ValueError):
+    """An option is out of range or contradicts another one."""
+
+
+class WeightsError(BabelError, ValueError):
+    """A checkpoint is missing, damaged, or lacks the sensor or class asked of it."""
+
+
+class OutputError(BabelError, OSError):
+    """A result cannot be written where it was asked for."""
