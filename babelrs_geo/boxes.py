@@ -142,10 +142,12 @@ def smallest_rectangles(points: Floats, lines: tuple[tuple[int, int], ...]) -> F
     across = p[:, None, :, 1] * ux[..., None] - p[:, None, :, 0] * uy[..., None]
     a0, a1, b0, b1 = along.min(2), along.max(2), across.min(2), across.max(2)
     area = (a1 - a0) * (b1 - b0)
-    # the earliest line within rounding of the best, so that equal fits are decided by order and not by noise:
-    # coordinates are known to their last digit, areas to that digit times the sides
+    # The earliest line within rounding of the best, so that equal fits are decided by order and not by noise.
+    # Coordinates are known to their last digit; a line through a short side turns by that over the side.
     digit = 8 * np.finfo(np.float64).eps * (1 + np.abs(points).max((1, 2)))
-    slack = digit * (a1 - a0 + b1 - b0).max(1) + 1e-9 * area.min(1)
+    long = np.maximum(a1 - a0, b1 - b0).max(1)
+    aspect = long / np.maximum(np.minimum(a1 - a0, b1 - b0).min(1), long / 1e3 + 1e-300)
+    slack = digit * long * (1 + aspect) + 1e-9 * area.min(1)
     best = np.argmax(area <= (area.min(1) + slack)[:, None], 1)
     k = (np.arange(len(p)), best)
     middle, side = (a0[k] + a1[k]) / 2, (b0[k] + b1[k]) / 2
@@ -301,9 +303,7 @@ def rotated_iou(a: ArrayLike, b: ArrayLike) -> Floats:
 def _paired(a: ArrayLike, b: ArrayLike, share: bool) -> Floats:
     p, q = prepare(a), prepare(b)
     if len(p) != len(q):
-        raise ParameterError(
-            f"{len(p)} and {len(q)} boxes do not pair up; give as many of one as of the other"
-        )
+        raise ParameterError(f"{len(p)} and {len(q)} boxes do not pair up; give as many of each")
     out = np.empty(len(p))
     _pairs(p, q, share, out)
     return out
