@@ -1,0 +1,511 @@
+"""The whole sentence: a scene and weights to features on the map, the ground looked at, and how it came
+about.
+
+Imported with the package itself, so nothing heavy is imported here until a function is called.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from babelrs_geo.errors import (
+    GeorefError,
+    LabelError,
+    ParameterError,
+    SceneError,
+    WeightsError,
+)
+from babelrs_geo.tiling import Grid
+
+if TYPE_CHECKING:
+    import geopandas as gpd
+    import numpy as np
+    import pandas as pd
+    import shapely
+    from numpy.typing import NDArray
+
+    from babelrs_geo.detections import Detections
+    from babelrs_geo.inference import Coverage, InferenceOptions
+    from babelrs_geo.models.zoo import Header, Weights
+    from babelrs_geo.scenes import Scene
+
+NATIVE = "native"
+
+# A scene this little outside the weights' range of ground sampling is read at its own pixels: resampling
+# blurs more than 2 % of size tells the detector.
+GSD_TOLERANCE = 1.02
+
+# Beyond this factor, in resampling or in distance from the weights' range, what is found is no longer to be
+# relied on.
+GSD_WARNING = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectOptions:
+    """What to look for, where, and how.
+
+    Raises `ParameterError` where a value is out of range or contradicts another.
+    """
+
+    tile: int = 640
+    """Side of a tile, in pixels as the model sees them (after resampling)."""
+    overlap: int = 128
+    """Pixels shared by neighbouring tiles: objects up to this size are seen whole by some tile."""
+    score: float | None = None
+    """One threshold in [0, 1] for all classes, in place of the weights' own by class."""
+    classes: tuple[str, ...] | None = None
+    """Classes to report; None for all that the weights know for the sensor."""
+    gsd: float | str | None = None
+    """Metres per pixel to read the scene at; "native" for its own pixels; None to stay in the weights' range.
+    """
+    aoi: str | os.PathLike[str] | None = None
+    """A vector file; what is centred outside its polygons is not reported."""
+    batch: int = 4
+    """Tiles computed at once."""
+    device: str = "auto"
+    """auto, cpu, cuda, or several such as cuda:0,cuda:1, which compute batches in turn."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's own choice."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is opened."""
+        Grid(1, 1, self.tile, self.overlap)  # refuses what no grid can have
+        if self.score is not None and not 0 <= self.score <= 1:
+            raise ParameterError(f"score is {self.score:g}, expected a number from 0 to 1")
+        if self.classes is not None and not self.classes:
+            raise ParameterError("classes is empty: name at least one class, or leave it out for all")
+        if isinstance(self.gsd, str) and self.gsd != NATIVE:
+            raise ParameterError(f'gsd is "{self.gsd}", expected metres per pixel or "{NATIVE}"')
+        if isinstance(self.gsd, int | float) and not 0 < self.gsd < float("inf"):
+            raise ParameterError(f'gsd is {self.gsd}, expected metres per pixel above 0, or "{NATIVE}"')
+        if self.batch < 1:
+            raise ParameterError(f"batch is {self.batch}, expected a whole number of at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise ParameterError(f"threads is {self.threads}, expected a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a scene will be read for given weights."""
+
+    grid: Grid
+    """The tiles, in model pixels."""
+    scale: float
+    """Model pixels per scene pixel."""
+    gsd: float | None
+    """Metres per model pixel; None for a scene without georeference."""
+    classes: tuple[str, ...]
+    """The classes that will be reported."""
+    caution: str = ""
+    """Why the result is to be taken with care, in one line; empty where there is no reason."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run would cost on this machine."""
+
+    tiles: int
+    """Tiles of the grid that are expected to hold valid pixels."""
+    seconds_per_tile: float
+    """Measured on one batch in the middle of the scene."""
+
+    @property
+    def seconds(self) -> float:
+        """The whole scene, without the merge and the writing."""
+        return self.tiles * self.seconds_per_tile
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in a scene."""
+
+    features: gpd.GeoDataFrame
+    """One row an object, in the scene's CRS (EPSG:4326 for GCP and RPC scenes, none and pixels without
+    georeference).
+    """
+    coverage: gpd.GeoDataFrame
+    """The ground looked at: tiles dissolved by how they ended."""
+    provenance: dict[str, Any]
+    """Software, weights, parameters, radiometry, tiles and times: JSON values, and nothing about the host."""
+    detections: Detections
+    """The same objects in scene pixels, row for row."""
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, crs: str | None = None) -> Path:
+        """Write .gpkg, .parquet or .geojson (by the suffix), in `crs` where given, and return its path.
+
+        Raises `OutputError` where the file exists and `overwrite` is False or where it cannot be written,
+        `ParameterError` for an unknown suffix or CRS, `GeorefError` where there is no georeference to
+        transform from.
+        """
+        from babelrs_geo import vectors
+
+        features, coverage = self.features, self.coverage
+        if crs is not None:
+            target = check_crs(crs, georeferenced=features.crs is not None)
+            features, coverage = _to_crs(features, target), _to_crs(coverage, target)
+        provenance = self.provenance | {"crs": None if features.crs is None else features.crs.to_string()}
+        return vectors.write(Path(path), features, coverage, provenance, overwrite=overwrite)
+
+
+def detect(
+    scene: Scene,
+    weights: str | os.PathLike[str] | Weights = "compact",
+    options: DetectOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Found:
+    """Find objects in a scene.
+
+    `weights` is the name of bundled weights, a file, or weights already loaded (which then stay on their
+    device). `progress` is called with (tiles done, tiles in all).
+
+    A scene outside the weights' range of ground sampling is read resampled into it, and a `UserWarning` says
+    so where that is more than fourfold; boxes come back in scene pixels.
+
+    Raises `SceneError` where nothing could be read or no pixel is valid, `WeightsError` where the weights
+    cannot be used or lack the sensor, `ParameterError` for an unknown class or device or where the memory
+    does not suffice, `LabelError` where the area of interest misses the scene, `GeorefError` where one is
+    asked of a scene without georeference.
+    """
+    from babelrs_geo import inference, vectors
+
+    options = options or DetectOptions()
+    started = _now()
+    area = None if options.aoi is None else _area(scene, options.aoi)
+    loaded, device = _load(weights, options.device)
+    header = loaded[0].header
+    plan = plan_for(scene, header, options)
+    if plan.caution:
+        warnings.warn(plan.caution, UserWarning, stacklevel=2)
+    detectors = [each.detector(scene.sensor, options.score, plan.classes) for each in loaded]
+    running = inference.InferenceOptions(batch=options.batch)
+    with _torch_threads(options.threads):
+        found, coverage = inference.run(scene, detectors, plan.grid, plan.scale, running, area, progress)
+    if coverage.looked_at == 0:
+        where = "it" if area is None else "the area of interest"
+        raise SceneError(
+            f"{scene.name}: no pixel in {where} is valid (nodata {scene.nodata}), so there is nothing to look "
+            "at: check the nodata value and the mask, or switch off the search for a black collar"
+        )
+    origin = vectors.Origin(scene.name, str(scene.sensor), scene.acquired)
+    ground = vectors.coverage(coverage.inners, coverage.states, coverage.reasons, scene.georef)
+    if area is not None:
+        ground = _cut_to_area(ground, area.geometry)
+    return Found(
+        vectors.features(found, scene.georef, origin),
+        ground,
+        _provenance(scene, loaded[0], plan, options, running, coverage, device)
+        | {"started": started, "finished": _now()},
+        found,
+    )
+
+
+def plan_for(scene: Scene, header: Header, options: DetectOptions) -> Plan:
+    """How `scene` will be read for weights with this header.
+
+    Raises `WeightsError` where they lack the scene's sensor, `ParameterError` for a class they do not know or
+    a ground sampling asked of a scene without georeference.
+    """
+    sensor = str(scene.sensor)
+    if sensor not in header.classes:
+        raise WeightsError(
+            f'weights "{header.name}" know nothing of {sensor} (they know {", ".join(header.classes)}): '
+            "pass weights trained on it, or another sensor if the scene was taken for the wrong one"
+        )
+    known = tuple(header.classes[sensor])
+    classes = known if options.classes is None else options.classes
+    for name in classes:
+        if name not in known:
+            raise ParameterError(f'unknown class "{name}" for {sensor}: the weights know {", ".join(known)}')
+    classes = tuple(name for name in known if name in classes)
+    low, high = header.gsd[sensor]
+    scale, gsd, caution = _scale(scene.gsd, (low, high), options.gsd)
+    height, width = scene.shape_at(scale)
+    grid = Grid(width=width, height=height, tile=options.tile, overlap=options.overlap)
+    return Plan(grid, scale, gsd, classes, caution)
+
+
+def outlook(
+    scene: Scene, weights: str | os.PathLike[str] | Weights, options: DetectOptions
+) -> tuple[Plan, Outlook]:
+    """The plan for a scene and what it would cost here, measured on one batch. Raises as `detect` does."""
+    from babelrs_geo import inference
+
+    loaded, _ = _load(weights, options.device)
+    plan = plan_for(scene, loaded[0].header, options)
+    detector = loaded[0].detector(scene.sensor, options.score, plan.classes)
+    with _torch_threads(options.threads):
+        seconds = inference.seconds_per_tile(scene, detector, plan.grid, plan.scale, options.batch)
+    tiles = max(1, round(len(plan.grid) * scene.valid_share))
+    return plan, Outlook(tiles, seconds / len(loaded))
+
+
+def check_crs(crs: str, *, georeferenced: bool) -> Any:
+    """The `pyproj.CRS` that `crs` names. Raises `ParameterError` where it names none, `GeorefError` where the
+    scene has no georeference to transform from.
+    """
+    import pyproj
+
+    try:
+        target = pyproj.CRS.from_user_input(crs)
+    except pyproj.exceptions.CRSError:
+        raise ParameterError(
+            f'"{crs}" is not a coordinate reference system: pass one such as EPSG:4326 or a WKT string'
+        ) from None
+    if not georeferenced:
+        raise GeorefError(
+            f"the scene has no georeference, so its features cannot be written in {crs}: leave the CRS out "
+            "(they are then in pixels), or give the scene a georeference"
+        )
+    return target
+
+
+def _to_crs(frame: gpd.GeoDataFrame, crs: Any) -> gpd.GeoDataFrame:
+    import numpy as np
+
+    moved = frame.to_crs(crs)
+    if len(moved) and not np.isfinite(moved.total_bounds).all():
+        raise GeorefError(
+            f"the scene lies outside the ground that {crs.to_string()} can show: pass another CRS"
+        )
+    return moved
+
+
+def _scale(
+    native: float | None, known: tuple[float, float], asked: float | str | None
+) -> tuple[float, float | None, str]:
+    """(model pixels per scene pixel, metres per model pixel or None, caution) for a scene of `native` metres
+    per pixel.
+    """
+    low, high = known
+    if native is None:
+        if isinstance(asked, int | float):
+            raise ParameterError(
+                f"the scene has no georeference, so its pixels have no size in metres and it cannot be "
+                f'read at {asked:g} m: pass gsd "{NATIVE}" or leave it out'
+            )
+        return 1.0, None, ""
+    target = native
+    if asked is None:
+        target = (
+            native if low / GSD_TOLERANCE <= native <= high * GSD_TOLERANCE else min(max(native, low), high)
+        )
+    elif not isinstance(asked, str):
+        target = float(asked)
+    scale = native / target
+    off = max(low / target, target / high, 1.0)
+    if max(scale, 1 / scale) > GSD_WARNING:
+        return (
+            scale,
+            target,
+            (
+                f"the scene's pixels of {native:.3g} m are read resampled {_times(scale)} to {target:.3g} m "
+                f"(the weights know {low:g} to {high:g} m): small objects may be missing or invented"
+            ),
+        )
+    if off > GSD_WARNING:
+        return (
+            scale,
+            target,
+            (
+                f"the scene is read at {target:.3g} m a pixel, {off:.1f}x outside what the weights know "
+                f"({low:g} to {high:g} m): expect missed and false objects"
+            ),
+        )
+    return scale, target, ""
+
+
+def _times(scale: float) -> str:
+    return f"{scale:.1f}x finer" if scale > 1 else f"{1 / scale:.1f}x coarser"
+
+
+@dataclass(frozen=True)
+class _MapArea:
+    """An area of interest in map coordinates, asked in scene pixels (`inference.Area`)."""
+
+    geometry: shapely.Geometry
+    scene: Scene
+
+    def touches(self, rects: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which rectangles (N, 4) in scene pixels share ground with the area, their edges followed through
+        the georeference at nine points each (a GCP scene's rows are no straight lines on the map).
+        """
+        import numpy as np
+        import shapely
+
+        run = np.linspace(0, 1, 9)[:-1]
+        side, zero = np.ones_like(run), np.zeros_like(run)
+        around_x = np.concatenate([run, side, 1 - run, zero])
+        around_y = np.concatenate([zero, run, side, 1 - run])
+        px = rects[:, :1] + around_x * rects[:, 2:3]
+        py = rects[:, 1:2] + around_y * rects[:, 3:4]
+        x, y = self.scene.georef.to_map(px.ravel(), py.ravel())
+        outlines = np.stack([x, y], axis=-1).reshape(*px.shape, 2)
+        shapely.prepare(self.geometry)
+        hit: NDArray[np.bool_] = shapely.intersects(self.geometry, shapely.polygons(outlines))
+        return hit
+
+    def holds(self, px: NDArray[np.float64], py: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which points, in scene pixels, lie in the area or on its outline."""
+        import shapely
+
+        shapely.prepare(self.geometry)
+        inside: NDArray[np.bool_] = shapely.intersects_xy(self.geometry, *self.scene.georef.to_map(px, py))
+        return inside
+
+
+def _area(scene: Scene, path: str | os.PathLike[str]) -> _MapArea:
+    """The area of interest in `path`, in the scene's map coordinates."""
+    import numpy as np
+
+    from babelrs_geo import vectors
+
+    if scene.georef.crs is None:
+        raise GeorefError(
+            f"{scene.name} has no georeference, so the area of interest {Path(path).name} cannot be placed "
+            "in it: leave it out, or give the scene a georeference"
+        )
+    area = _MapArea(vectors.read_area(path, scene.georef.crs), scene)
+    whole = np.array([[0, 0, scene.width, scene.height]], np.int64)
+    if not area.touches(whole).any():
+        raise LabelError(
+            f"the area of interest {Path(path).name} does not touch {scene.name}: pass an area over "
+            "the scene (babelrs-geo info tells where it lies), or leave it out"
+        )
+    return area
+
+
+def _cut_to_area(coverage: gpd.GeoDataFrame, area: shapely.Geometry) -> gpd.GeoDataFrame:
+    """The coverage with all ground beyond the area of interest under "outside": tiles are cut by its outline,
+    as the detections are.
+    """
+    import geopandas as gpd
+    import pandas as pd
+    from shapely import is_empty
+
+    looked = coverage["state"] != "outside"
+    beyond = coverage.geometry.union_all().difference(area)
+    inside = coverage[looked].copy()
+    inside["geometry"] = inside.geometry.intersection(area)
+    parts: list[pd.DataFrame] = [inside[~is_empty(inside.geometry.to_numpy())]]
+    if not beyond.is_empty:
+        rest = coverage[~looked].head(1).copy() if (~looked).any() else coverage.head(1).copy()
+        rest["state"], rest["reason"] = "outside", ""
+        rest["tiles"] = int(coverage.loc[~looked, "tiles"].sum())
+        rest["geometry"] = [beyond]
+        parts.append(rest)
+    return gpd.GeoDataFrame(pd.concat(parts, ignore_index=True), geometry="geometry", crs=coverage.crs)
+
+
+def _load(weights: str | os.PathLike[str] | Weights, device: str) -> tuple[list[Weights], str]:
+    """The weights, once per device, and the kind of device."""
+    if not isinstance(weights, str | os.PathLike):
+        return [weights], device
+    from babelrs_geo.models import zoo
+
+    devices = _devices(device)
+    return [zoo.load(os.fspath(weights), each) for each in devices], devices[0].partition(":")[0]
+
+
+def _devices(text: str) -> list[str]:
+    """The devices that `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` names here."""
+    import torch
+
+    if text == "auto":
+        return ["cuda" if torch.cuda.is_available() else "cpu"]
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        kind, colon, number = name.partition(":")
+        if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and number.isdecimal())):
+            raise ParameterError(
+                f'unknown device "{name}": expected auto, cpu, cuda, or a list such as cuda:0,cuda:1'
+            )
+        if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+            raise ParameterError(
+                f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices here; "
+                "pass cpu, or install a torch build that matches the driver"
+            )
+    if len(set(names)) < len(names):
+        raise ParameterError(f'device "{text}" names a device twice: name each once')
+    return names
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    """`threads` CPU threads in torch for a while; its own choice where None."""
+    if threads is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _now() -> str:
+    """The time in UTC as ISO 8601, to the second; OGR_CURRENT_DATE fixes it, as it fixes the files' own
+    stamps.
+    """
+    fixed = os.environ.get("OGR_CURRENT_DATE")
+    try:
+        now = datetime.now(UTC) if fixed is None else datetime.fromisoformat(fixed)
+    except ValueError:
+        raise ParameterError(
+            f'OGR_CURRENT_DATE is "{fixed}", expected a time such as 2026-01-01T00:00:00Z: '
+            "correct it or unset it"
+        ) from None
+    now = now.replace(tzinfo=UTC) if now.tzinfo is None else now.astimezone(UTC)
+    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _provenance(
+    scene: Scene,
+    weights: Weights,
+    plan: Plan,
+    options: DetectOptions,
+    running: InferenceOptions,
+    coverage: Coverage,
+    device: str,
+) -> dict[str, Any]:
+    """All that made the result what it is: names, never paths, so that two hosts tell the same."""
+    from babelrs_geo import __version__
+
+    sensor = str(scene.sensor)
+    thresholds = weights.header.thresholds[sensor]
+    asked = asdict(
+        replace(options, aoi=None if options.aoi is None else Path(options.aoi).name, device=device)
+    )
+    return {
+        "software": f"babelrs-geo {__version__}",
+        "weights": {"name": weights.name, "sha256": weights.sha256},
+        "scene": {
+            "name": scene.name,
+            "width": scene.width,
+            "height": scene.height,
+            "gsd_m": scene.gsd,
+            "sensor": sensor,
+            "acquired": None if scene.acquired is None else scene.acquired.isoformat(),
+        },
+        "radiometry": scene.radiometry.to_json(),
+        "parameters": asked
+        | {
+            "classes": list(plan.classes),
+            "thresholds": {
+                name: thresholds[name] if options.score is None else options.score for name in plan.classes
+            },
+            "scale": plan.scale,
+            "model_gsd_m": plan.gsd,
+            "merging": asdict(running.merging),
+        },
+        "tiles": coverage.counts(),
+    }
