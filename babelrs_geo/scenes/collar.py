@@ -1,0 +1,142 @@
+"""The black collar that many orthomosaics have without declaring it: black pixels connected to the scene's border.
+
+Found once a scene, on a lattice of cells: single pixels up to 8192 pixels a side, larger cells (one sample each, read from
+an overview where there is one) beyond. Black cells are flooded from the border inward, 4-connected, a block at a time, so that
+only the border and the collar itself are ever read, and memory is at most 64 MB whatever the scene's size.
+
+A pixel then belongs to the collar if it is black itself *and* its cell is flooded (or, with cells larger than a pixel, next to a
+flooded one). That depends on the pixel alone, never on the window it is read in: tiles agree.
+
+Lossy compression smears the edge: there pixels within eight of the flood (a JPEG block) count as black up to 8 of 255. Without a
+georeference only exact zeros count, whatever the compression: a picture of a dark sea is no mosaic, and must keep its values.
+"""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+LATTICE = 8192  # cells a side at most
+SMEAR = 8  # pixels a lossy block reaches, and the 8-bit values it smears black to
+_BLOCK = 512  # cells a side that are read at once
+_BLACK, _FLOODED = 1, 2
+
+ReadBlack = Callable[[tuple[int, int, int, int], tuple[int, int]], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Collar:
+    """Where the collar may lie: cells near the flood, packed. Ask `covers`; the pixel itself must be black besides."""
+
+    cell: int
+    """Scene pixels a side of a cell."""
+    shape: tuple[int, int]
+    """Rows and columns of cells."""
+    tolerance: int
+    """The largest number that is black."""
+    packed: bytes
+    """Cells near the flood, bits row by row, deflated; empty where there is no collar."""
+
+    def covers(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """For scene rows (H,) and columns (W,): True (H,W) where a black pixel would be collar."""
+        if not self.packed:
+            return np.zeros((rows.size, columns.size), bool)
+        r, c = rows // self.cell, columns // self.cell
+        first, last = int(c.min()) // 8, int(c.max()) // 8 + 1
+        bits = np.unpackbits(self._cells[r.min() : r.max() + 1, first:last], axis=1)
+        return bits[np.ix_(r - r.min(), c - first * 8)].astype(bool)
+
+    @property
+    def _cells(self) -> NDArray[np.uint8]:
+        held: NDArray[np.uint8] | None = self.__dict__.get("_unpacked")
+        if held is None:
+            held = np.frombuffer(zlib.decompress(self.packed), np.uint8).reshape(self.shape[0], -1)
+            self.__dict__["_unpacked"] = held
+        return held
+
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k != "_unpacked"}
+
+
+def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Collar:
+    """Flood the black from the border. `read_black(window in scene pixels, cells' shape)` says which cells are black."""
+    cell = -(-max(width, height) // LATTICE)
+    rows, columns = -(-height // cell), -(-width // cell)
+    state = np.zeros((rows, columns), np.uint8)  # pages that are never touched take no memory
+    down, across = -(-rows // _BLOCK), -(-columns // _BLOCK)
+    border = {(r, c) for r in range(down) for c in range(across) if r in (0, down - 1) or c in (0, across - 1)}
+    queue, queued, seen = sorted(border), set(border), set()
+    while queue:  # row-major, so that GDAL's cache serves files stored in strips
+        r, c = heapq.heappop(queue)
+        queued.discard((r, c))
+        r0, c0 = r * _BLOCK, c * _BLOCK
+        r1, c1 = min(r0 + _BLOCK, rows), min(c0 + _BLOCK, columns)
+        if (r, c) not in seen:
+            seen.add((r, c))
+            x, y = c0 * cell, r0 * cell
+            window = (x, y, min(c1 * cell, width) - x, min(r1 * cell, height) - y)
+            state[r0:r1, c0:c1] = read_black(window, (r1 - r0, c1 - c0))
+        up, low, left, right = _grow(state, r0, r1, c0, c1)
+        for ok, place in ((up, (r - 1, c)), (low, (r + 1, c)), (left, (r, c - 1)), (right, (r, c + 1))):
+            if ok and place not in queued and 0 <= place[0] < down and 0 <= place[1] < across:
+                heapq.heappush(queue, place)
+                queued.add(place)
+    near = state == _FLOODED
+    if not near.any():
+        return Collar(cell, (rows, columns), tolerance, b"")
+    for _ in range(-(-SMEAR // cell) if tolerance else int(cell > 1)):
+        near = _dilated(near)
+    return Collar(cell, (rows, columns), tolerance, zlib.compress(np.packbits(near, axis=1).tobytes(), 1))
+
+
+def _dilated(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Each True cell and its eight neighbours."""
+    tall = mask.copy()
+    tall[1:] |= mask[:-1]
+    tall[:-1] |= mask[1:]
+    wide = tall.copy()
+    wide[:, 1:] |= tall[:, :-1]
+    wide[:, :-1] |= tall[:, 1:]
+    return wide
+
+
+@njit(cache=True, nogil=True)
+def _grow(state, r0, r1, c0, c1):  # type: ignore[no-untyped-def]  # numba infers
+    """Flood the black cells of one block from the scene's border and from flooded cells just outside the block.
+
+    Returns whether the flood grew along its upper, lower, left and right edge: those neighbours must be looked at (again).
+    """
+    rows, columns = state.shape
+    stack = np.empty(((r1 - r0) * (c1 - c0), 2), np.int32)
+    top = 0
+    for r in range(r0, r1):
+        step = 1 if r == r0 or r == r1 - 1 else max(1, c1 - 1 - c0)
+        for c in range(c0, c1, step):
+            if state[r, c] != 1:
+                continue
+            seed = r == 0 or c == 0 or r == rows - 1 or c == columns - 1
+            seed = seed or (r == r0 and r > 0 and state[r - 1, c] == 2) or (r == r1 - 1 and r1 < rows and state[r1, c] == 2)
+            seed = seed or (c == c0 and c > 0 and state[r, c - 1] == 2) or (c == c1 - 1 and c1 < columns and state[r, c1] == 2)
+            if seed:
+                state[r, c] = 2
+                stack[top, 0], stack[top, 1] = r, c
+                top += 1
+    up = low = left = right = False
+    while top > 0:
+        top -= 1
+        r, c = stack[top, 0], stack[top, 1]
+        up, low, left, right = up or r == r0, low or r == r1 - 1, left or c == c0, right or c == c1 - 1
+        for k in range(4):
+            p = r + (k == 0) - (k == 1)
+            q = c + (k == 2) - (k == 3)
+            if r0 <= p < r1 and c0 <= q < c1 and state[p, q] == 1:
+                state[p, q] = 2
+                stack[top, 0], stack[top, 1] = p, q
+                top += 1
+    return up, low, left, right

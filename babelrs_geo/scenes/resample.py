@@ -1,0 +1,92 @@
+"""Bring a window to another scale so that tiles agree on the pixels they share.
+
+Every output pixel is a function of its place in the whole resampled scene and of nothing else: weights come from global
+indices and sums run in one order, so two windows hold the same bits where they overlap. The filter is a triangle (bilinear
+when enlarging, antialiased bilinear when reducing), and pixels that are not valid take no part: `sum(w v x) / sum(w v)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Taps:
+    """For a run of output pixels along one axis: which input pixels they take, and how much of each."""
+
+    first: int
+    """First input pixel needed."""
+    last: int
+    """The input pixel after the last one needed."""
+    index: NDArray[np.int64]
+    """(n, k) input pixels, relative to `first`."""
+    weight: NDArray[np.float32]
+    """(n, k) weights; each row sums to 1 but for rounding."""
+
+
+def taps(start: int, stop: int, factor: float, size: int) -> Taps:
+    """Taps of output pixels `start` to `stop`, where one is `factor` input pixels wide and the input has `size` pixels."""
+    reach = max(factor, 1.0)
+    centre = (np.arange(start, stop) + 0.5) * factor
+    low = np.floor(centre - reach).astype(np.int64)
+    index = low[:, None] + np.arange(int(np.ceil(2 * reach)) + 1)
+    weight = np.maximum(0.0, 1.0 - np.abs(index + 0.5 - centre[:, None]) / reach)
+    weight[(index < 0) | (index >= size)] = 0.0
+    # an output pixel whose centre lies past the last input centre by rounding of sizes still takes the nearest one
+    lost = weight.sum(axis=1) <= 0.0
+    weight[lost, 0], index[lost, 0] = 1.0, size - 1
+    index = np.clip(index, 0, size - 1)
+    weight /= weight.sum(axis=1, keepdims=True)
+    used = index[weight > 0.0]
+    first, last = int(used.min()), int(used.max()) + 1
+    return Taps(first, last, np.clip(index - first, 0, last - first - 1), weight.astype(np.float32))
+
+
+def resample(
+    raw: NDArray[Any], valid: NDArray[np.bool_], down: Taps, across: Taps
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """`(band, y, x)` and `(y, x)`, cut to the taps' input ranges, to the taps' output pixels.
+
+    Floats come back (float64 for types that float32 would round); a pixel is valid where at least half of its weight is.
+    """
+    kind = np.float32 if raw.dtype.itemsize <= 2 or raw.dtype == np.float32 else np.float64
+    share = _along(_along(valid.astype(kind)[None], down, 1), across, 2)[0]
+    out = np.empty((raw.shape[0], *share.shape), kind)
+    ok = share >= 0.5
+    for i, band in enumerate(raw):
+        plane = np.where(valid, band, 0).astype(kind)
+        out[i] = _along(_along(plane[None], down, 1), across, 2)[0]
+    out[:, ok] /= share[ok]
+    out[:, ~ok] = 0.0
+    return out, ok
+
+
+def shrink(raw: NDArray[Any], valid: NDArray[np.bool_], k: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Means of k by k pixels, the last row and column of boxes perhaps smaller; valid where half the box or more is."""
+    kind = np.float32 if raw.dtype.itemsize <= 2 or raw.dtype == np.float32 else np.float64
+    rows, columns = np.arange(0, valid.shape[0], k), np.arange(0, valid.shape[1], k)
+
+    def total(plane: NDArray[Any]) -> NDArray[Any]:
+        return np.add.reduceat(np.add.reduceat(plane, rows, axis=0), columns, axis=1)
+
+    share, whole = total(valid.astype(kind)), total(np.ones(valid.shape, kind))
+    ok = (share * 2 >= whole) & (share > 0)
+    out = np.zeros((raw.shape[0], *ok.shape), kind)
+    for i, band in enumerate(raw):
+        np.divide(total(np.where(valid, band, 0).astype(kind)), share, out=out[i], where=ok)
+    return out, ok
+
+
+def _along(x: NDArray[Any], t: Taps, axis: int) -> NDArray[Any]:
+    """Apply taps along axis 1 or 2 of `(band, y, x)`, summing in the order of the taps."""
+    out: NDArray[Any] | None = None
+    for j in range(t.index.shape[1]):
+        weight = t.weight[:, j].astype(x.dtype)
+        part = np.take(x, t.index[:, j], axis=axis) * (weight[None, :, None] if axis == 1 else weight)
+        out = part if out is None else np.add(out, part, out=out)
+    assert out is not None  # there is always a tap
+    return out

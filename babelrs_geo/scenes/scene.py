@@ -1,0 +1,375 @@
+"""`Scene`: one raster, its sensor, radiometry, georeference and validity; `Scene.read(window, scale)` is how pixels come in."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from babelrs_geo.errors import ParameterError, SensorError
+from babelrs_geo.georef import Georef
+from babelrs_geo.scenes.collar import SMEAR, Collar, find
+from babelrs_geo.scenes.reader import Reader
+from babelrs_geo.scenes.resample import resample, shrink, taps
+from babelrs_geo.sensors import Radiometry, Sensor, choose_bands, choose_kind, estimate, infer
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Window = tuple[int, int, int, int]
+"""`(x, y, width, height)` in pixels; a `tiling.Rect` is one."""
+
+_SURVEY_PIXELS = 1 << 22  # what is looked at once a scene to set ranges and the valid share
+_SURVEY_SIDE = 8  # spread windows a side, where no overview serves
+_STRIP_PIXELS = 1 << 23  # read at once where a far smaller scale has no overview to come from
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneOptions:
+    """How to read a scene where its metadata is silent or wrong. Everything is optional."""
+
+    bands: tuple[int, ...] | None = None
+    """1-based bands: one for SAR and infrared, red, green and blue for RGB."""
+    polarisation: str | None = None
+    """SAR: `VV`, `VH`, `HH` or `HV`; found by the bands' descriptions."""
+    units: str | None = None
+    """`amplitude`, `intensity`, `db`, `kelvin`, `centikelvin`, `celsius`, `counts`, `reflectance` or `uint8`."""
+    limits: tuple[float, float] | None = None
+    """What becomes 0 and 1, in the unit of the numbers, instead of the estimate (or of 0 and 255 for 8-bit data)."""
+    collar: bool = True
+    """Treat black pixels connected to the border as not valid."""
+    height: float = 0.0
+    """RPC scenes: metres above the ellipsoid (above the elevation model where there is one) of what is seen."""
+    dem: str | None = None
+    """RPC scenes: path of an elevation model."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A window as the model sees it."""
+
+    image: NDArray[np.float32]
+    """(3, h, w) in [0, 1], 0 where not valid; grey is copied to the three channels."""
+    valid: NDArray[np.bool_]
+    """(h, w), True where the scene was really seen."""
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What was looked at once to know the scene."""
+
+    sample: NDArray[Any] = field(repr=False)
+    """(band, n) valid raw numbers spread over the scene."""
+    share: float
+    """Valid pixels among those looked at."""
+
+
+def open_scene(
+    path: str | os.PathLike[str], sensor: str | Sensor | None = None, options: SceneOptions | None = None
+) -> Scene:
+    """Open a raster: any file, URL or virtual path GDAL reads (GeoTIFF, COG, VRT, JPEG 2000, PNG, `s3://`, `https://`, ...).
+
+    `sensor` may be left out where the metadata settles it. Raises SceneError where the file cannot be opened, SensorError where
+    the sensor is unclear or does not fit the bands, GeorefError where the georeference is degenerate.
+    """
+    return Scene(path, sensor, options)
+
+
+class Scene:
+    """An open raster: picklable (it reopens on the other side), readable from many threads at once, a context manager."""
+
+    path: str
+    """As GDAL opens it."""
+    name: str
+    """File name without folders."""
+    sensor: Sensor
+    sensor_reason: str
+    """Why this sensor: as asked, or what in the metadata says so."""
+    radiometry: Radiometry
+    """How raw numbers become model input, the same for every window."""
+    georef: Georef
+    options: SceneOptions
+
+    def __init__(
+        self, path: str | os.PathLike[str], sensor: str | Sensor | None = None, options: SceneOptions | None = None
+    ) -> None:
+        self.options = options or SceneOptions()
+        self._reader = Reader(path, height=self.options.height, dem=self.options.dem)
+        facts = self._reader.facts
+        self.path, self.name, self.georef = self._reader.path, Path(facts.bands.name).name, facts.georef
+        if sensor is None:
+            self.sensor, self.sensor_reason = infer(facts.bands)
+        else:
+            self.sensor, self.sensor_reason = Sensor.parse(sensor), "as asked"
+        self._bands = choose_bands(self.sensor, facts.bands, self.options.bands, self.options.polarisation)
+        self._collar: Collar | None = None
+        self._share: float | None = None
+        self._lock = threading.RLock()
+        self._check_grey()
+        self.radiometry = self._radiometry()
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self._reader.facts.width
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return self._reader.facts.height
+
+    @property
+    def count(self) -> int:
+        """Bands in the file, alpha included."""
+        return len(self._reader.facts.bands.interpretations)
+
+    @property
+    def dtype(self) -> str:
+        """NumPy name of the file's data type."""
+        return self._reader.facts.bands.dtype
+
+    @property
+    def driver(self) -> str:
+        """GDAL driver: `GTiff`, `JP2OpenJPEG`, `PNG`, ..."""
+        return self._reader.facts.driver
+
+    @property
+    def nodata(self) -> float | None:
+        """Declared nodata value of the first band that is read."""
+        return self._reader.facts.nodata[self._bands[0] - 1]
+
+    @property
+    def gsd(self) -> float | None:
+        """Metres on the ground per pixel at the scene's centre, None without georeference."""
+        return self.georef.ground_sampling_distance(self.width / 2, self.height / 2)
+
+    @property
+    def acquired(self) -> datetime | None:
+        """When the picture was taken, UTC, None where neither metadata nor file name tells."""
+        return _acquired(dict(self._reader.facts.tags), self.name)
+
+    @property
+    def valid_share(self) -> float:
+        """Share of valid pixels, from an overview or spread windows: 0 means that there is nothing to see."""
+        with self._lock:
+            if self._share is None:
+                self._share = self._survey(self._bands).share
+            return self._share
+
+    def shape_at(self, scale: float) -> tuple[int, int]:
+        """Rows and columns of the scene read at `scale` model pixels per scene pixel, each rounded, at least 1."""
+        if not (math.isfinite(scale) and scale > 0):
+            raise ParameterError(f"scale is {scale}, but must be above 0: model pixels per scene pixel")
+        return max(1, round(self.height * scale)), max(1, round(self.width * scale))
+
+    def read(self, window: Window, scale: float = 1.0) -> Pixels:
+        """Model input of a window `(x, y, w, h)`, in pixels of the whole scene read at `scale`.
+
+        Raw numbers are resampled, then brought to [0, 1]. A pixel depends on its place in the scene alone: windows that overlap
+        agree bit for bit, at any scale. At a scale below 1 overviews are used where there are some. Raises ParameterError where
+        the window leaves the scene, SceneError where the file cannot be read there.
+        """
+        rows, columns = self.shape_at(scale)
+        _check(window, rows, columns)
+        if (rows, columns) == (self.height, self.width):
+            raw, valid = self._level(window, None)
+        else:
+            raw, valid = self._resampled(window, rows, columns)
+        return Pixels(self.radiometry.apply(raw, valid), valid)
+
+    def read_raw(self, window: Window) -> NDArray[Any]:
+        """The file's own numbers in a window of scene pixels, all bands: `(band, y, x)`."""
+        _check(window, self.height, self.width)
+        return self._reader.read(tuple(range(1, self.count + 1)), window)[0]
+
+    def valid(self, window: Window) -> NDArray[np.bool_]:
+        """Validity `(y, x)` of a window of scene pixels: nodata, masks, alpha, NaN and the collar."""
+        _check(window, self.height, self.width)
+        return self._level(window, None)[1]
+
+    @property
+    def data(self) -> xr.DataArray:
+        """All bands as a lazy, chunked `(band, y, x)` xarray view in the file's numbers; each chunk is read when asked for.
+
+        `x` and `y` are centres in map units where the georeference is a north-up affine, else in pixels. The CRS is in the
+        `spatial_ref` coordinate as CF and rioxarray have it.
+        """
+        from babelrs_geo.scenes.view import view
+
+        return view(self, self._reader.facts.block)
+
+    def describe(self) -> dict[str, str]:
+        """What the scene is and how it will be read, a line each, for people."""
+        from babelrs_geo.scenes.view import describe
+
+        return describe(self)
+
+    def close(self) -> None:
+        """Close the file in every thread; a later read opens it again."""
+        self._reader.close()
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"<Scene {self.name}: {self.width} x {self.height}, {self.sensor}, {self.radiometry.kind}>"
+
+    def _check_grey(self) -> None:
+        """SensorError where SAR or infrared was asked of a colour picture; grey copied to three bands passes."""
+        about = self._reader.facts.bands
+        names = [about.interpretations[b - 1] for b in about.colours]
+        if self.sensor is Sensor.RGB or self.options.bands or not {"red", "green", "blue"} <= set(names):
+            return
+        sample = self._survey(about.colours[:3]).sample.astype(np.float64)
+        if sample.size and np.abs(sample - sample[:1]).mean() > 3.0:  # lossy chroma moves grey by a little
+            raise SensorError(
+                f"{self.sensor} takes 1 band, but {self.name} has red, green and blue that differ; pass --sensor rgb, or the band"
+            )
+
+    def _radiometry(self) -> Radiometry:
+        """Fixed for 8-bit data and where limits are given, else estimated from the survey."""
+        about, options = self._reader.facts.bands, self.options
+        sample: NDArray[Any] = np.zeros((len(self._bands), 0))
+        if about.dtype != "uint8" or options.units not in (None, "uint8"):
+            survey = self._survey(self._bands)
+            sample, self._share = survey.sample, survey.share
+        kind = choose_kind(self.sensor, about, self._bands, sample, options.units)
+        found = estimate(self.sensor, kind, self._bands, sample, about)
+        if options.limits is None:
+            return found
+        low, high = (float(v) for v in options.limits)
+        return replace(found, low=(low,) * len(self._bands), high=(high,) * len(self._bands))
+
+    def _survey(self, bands: tuple[int, ...]) -> _Survey:
+        """Look once over the scene: all of it if small, else its overview, else windows spread over it.
+
+        SAR is never judged by an overview: averaging removes the speckle that its range is measured by.
+        """
+        level, shape = None, (self.height, self.width)
+        small = [i for i, d in enumerate(self._reader.facts.overviews) if shape[0] * shape[1] <= _SURVEY_PIXELS * d * d]
+        if shape[0] * shape[1] > _SURVEY_PIXELS and small and self.sensor is not Sensor.SAR:
+            level = small[0]
+            shape = self._reader.shape(level)
+        if shape[0] * shape[1] <= _SURVEY_PIXELS or level is not None:
+            windows = [(0, 0, shape[1], shape[0])]
+        else:
+            windows = [(x, y, w, h) for y, h in _spread(shape[0]) for x, w in _spread(shape[1])]
+        taken, seen = [], 0
+        for window in windows:
+            raw, valid = self._level(window, level, bands)
+            seen += valid.size
+            taken.append(raw[:, valid])
+        sample = np.concatenate(taken, axis=1)
+        return _Survey(sample, sample.shape[1] / seen)
+
+    def _level(
+        self, window: Window, level: int | None, bands: tuple[int, ...] | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Raw numbers and validity, the collar included, of a window in pixels of an overview level."""
+        raw, valid = self._reader.read(bands or self._bands, window, level)
+        if not self.options.collar or not valid.any():
+            return raw, valid
+        collar = self._found_collar()
+        if not collar.packed:
+            return raw, valid
+        black = valid & (np.abs(raw) <= collar.tolerance).all(axis=0)
+        if black.any():
+            rows, columns = self._reader.shape(level)
+            r = (np.arange(window[1], window[1] + window[3]) * 2 + 1) * self.height // (2 * rows)
+            c = (np.arange(window[0], window[0] + window[2]) * 2 + 1) * self.width // (2 * columns)
+            valid &= ~(black & collar.covers(r, c))
+        return raw, valid
+
+    def _found_collar(self) -> Collar:
+        with self._lock:
+            if self._collar is None:
+                facts = self._reader.facts
+
+                def black(window: Window, shape: tuple[int, int]) -> NDArray[np.bool_]:
+                    raw, valid = self._reader.read(self._bands, window, shape=shape)
+                    return ~valid | (raw == 0).all(axis=0)
+
+                smeared = facts.lossy and self.dtype == "uint8" and self.georef.kind != "none"
+                self._collar = find(self.width, self.height, SMEAR if smeared else 0, black)
+            return self._collar
+
+    def _resampled(self, window: Window, rows: int, columns: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """A window of the scene brought to `rows` by `columns`, from the overview that is just finer, or from means."""
+        factor = min(self.height / rows, self.width / columns)
+        finer = [i for i, d in enumerate(self._reader.facts.overviews) if d <= factor]
+        level = finer[-1] if finer else None
+        high, wide = self._reader.shape(level)
+        left = min(high / rows, wide / columns)
+        k = int(left / 2) if left > 4 else 1  # the filter then spans few pixels, and memory stays that of strips
+        x, y, w, h = window
+        down = taps(y, y + h, high / rows / k, -(-high // k))
+        across = taps(x, x + w, wide / columns / k, -(-wide // k))
+        x0, x1 = across.first * k, min(across.last * k, wide)
+        step = max(1, _STRIP_PIXELS // ((x1 - x0) * k)) * k
+        strips = []
+        for y0 in range(down.first * k, min(down.last * k, high), step):
+            y1 = min(y0 + step, down.last * k, high)
+            part = self._level((x0, y0, x1 - x0, y1 - y0), level)
+            strips.append(shrink(*part, k) if k > 1 else part)
+        raw = np.concatenate([s[0] for s in strips], axis=1)
+        valid = np.concatenate([s[1] for s in strips], axis=0)
+        return resample(np.abs(raw) if np.iscomplexobj(raw) else raw, valid, down, across)
+
+
+def _check(window: Window, rows: int, columns: int) -> None:
+    """ParameterError unless the window is a non-empty part of the scene."""
+    x, y, w, h = window
+    if min(x, y) < 0 or min(w, h) < 1 or x + w > columns or y + h > rows:
+        raise ParameterError(f"window {tuple(window)} is no part of a scene of {columns} by {rows} pixels (x, y, width, height)")
+
+
+def _spread(size: int) -> list[tuple[int, int]]:
+    """Starts and lengths of up to eight stretches spread evenly along an axis; all of it if they would meet."""
+    length = math.isqrt(_SURVEY_PIXELS) // _SURVEY_SIDE
+    if size <= length * _SURVEY_SIDE:
+        return [(start, min(length, size - start)) for start in range(0, size, length)]
+    return [(round(i * (size - length) / (_SURVEY_SIDE - 1)), length) for i in range(_SURVEY_SIDE)]
+
+
+def _sentinel1(name: str) -> str | None:
+    """The start of the acquisition in a Sentinel-1 product or measurement file name."""
+    found = re.match(r"s1[abcd][-_](?:\w{2,4}[-_]){2,4}?(\d{8}t\d{6})", name, re.IGNORECASE)
+    return found.group(1) if found else None
+
+
+def _acquired(tags: dict[str, str], name: str) -> datetime | None:
+    """The first of: a tag that says ACQUISITION, a Sentinel-1 name, EXIF's and TIFF's date. Zone-less times are UTC."""
+    asked = [v for k, v in tags.items() if re.search("ACQUISITION|SENSING|COLLECT", k, re.IGNORECASE)]
+    asked += [_sentinel1(name) or "", tags.get("EXIF_DateTimeOriginal", ""), tags.get("TIFFTAG_DATETIME", "")]
+    parsers: tuple[Callable[[str], datetime], ...] = (
+        datetime.fromisoformat,
+        lambda text: datetime.strptime(text, "%Y:%m:%d %H:%M:%S"),
+        lambda text: datetime.strptime(text.upper(), "%Y%m%dT%H%M%S"),
+    )
+    for text in asked:
+        for parse in parsers:
+            try:
+                when = parse(text.strip())
+            except ValueError:
+                continue
+            return when.replace(tzinfo=when.tzinfo or UTC).astimezone(UTC)
+    return None
