@@ -6,12 +6,12 @@ Imported with the package itself, so nothing heavy is imported here until a func
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +176,7 @@ def detect(
     from babelrs_geo import inference, vectors
 
     options = options or DetectOptions()
-    started = _now()
+    started = vectors.clock()
     area = None if options.aoi is None else _area(scene, options.aoi)
     loaded, device = _load(weights, options.device)
     header = loaded[0].header
@@ -190,8 +190,8 @@ def detect(
     if coverage.looked_at == 0:
         where = "it" if area is None else "the area of interest"
         raise SceneError(
-            f"{scene.name}: no pixel in {where} is valid (nodata {scene.nodata}), so there is nothing to look "
-            "at: check the nodata value and the mask, or switch off the search for a black collar"
+            f"{scene.name}: no pixel in {where} is valid (nodata {scene.nodata}), so nothing to look at: "
+            "check the nodata value and the mask, or switch off the search for a black collar"
         )
     origin = vectors.Origin(scene.name, str(scene.sensor), scene.acquired)
     ground = vectors.coverage(coverage.inners, coverage.states, coverage.reasons, scene.georef)
@@ -201,7 +201,7 @@ def detect(
         vectors.features(found, scene.georef, origin),
         ground,
         _provenance(scene, loaded[0], plan, options, running, coverage, device)
-        | {"started": started, "finished": _now()},
+        | {"started": started, "finished": vectors.clock()},
         found,
     )
 
@@ -389,6 +389,8 @@ def _cut_to_area(coverage: gpd.GeoDataFrame, area: shapely.Geometry) -> gpd.GeoD
     import pandas as pd
     from shapely import is_empty
 
+    from babelrs_geo import vectors
+
     looked = coverage["state"] != "outside"
     beyond = coverage.geometry.union_all().difference(area)
     inside = coverage[looked].copy()
@@ -400,7 +402,9 @@ def _cut_to_area(coverage: gpd.GeoDataFrame, area: shapely.Geometry) -> gpd.GeoD
         rest["tiles"] = int(coverage.loc[~looked, "tiles"].sum())
         rest["geometry"] = [beyond]
         parts.append(rest)
-    return gpd.GeoDataFrame(pd.concat(parts, ignore_index=True), geometry="geometry", crs=coverage.crs)
+    cut = gpd.GeoDataFrame(pd.concat(parts, ignore_index=True), geometry="geometry", crs=coverage.crs)
+    cut["area_km2"] = vectors.area_km2(cut.geometry)
+    return cut
 
 
 def _load(weights: str | os.PathLike[str] | Weights, device: str) -> tuple[list[Weights], str]:
@@ -452,22 +456,6 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _now() -> str:
-    """The time in UTC as ISO 8601, to the second; OGR_CURRENT_DATE fixes it, as it fixes the files' own
-    stamps.
-    """
-    fixed = os.environ.get("OGR_CURRENT_DATE")
-    try:
-        now = datetime.now(UTC) if fixed is None else datetime.fromisoformat(fixed)
-    except ValueError:
-        raise ParameterError(
-            f'OGR_CURRENT_DATE is "{fixed}", expected a time such as 2026-01-01T00:00:00Z: '
-            "correct it or unset it"
-        ) from None
-    now = now.replace(tzinfo=UTC) if now.tzinfo is None else now.astimezone(UTC)
-    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _provenance(
     scene: Scene,
     weights: Weights,
@@ -496,7 +484,7 @@ def _provenance(
             "sensor": sensor,
             "acquired": None if scene.acquired is None else scene.acquired.isoformat(),
         },
-        "radiometry": scene.radiometry.to_json(),
+        "radiometry": json.loads(scene.radiometry.to_json()),
         "parameters": asked
         | {
             "classes": list(plan.classes),

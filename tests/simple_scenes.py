@@ -1,0 +1,125 @@
+"""Scenes whose objects are bright rectangles on black, and the detector that finds exactly those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio import features
+from rasterio.transform import from_origin
+
+from babelrs_geo.detections import Detections
+
+UTM = "EPSG:32611"
+LEFT, TOP, PIXEL = 380_000.0, 3_735_000.0, 10.0  # off Los Angeles
+
+SHIPS = np.array([[10, 12, 9, 5], [40, 20, 6, 12], [70, 66, 14, 6], [30, 80, 7, 7]])  # x, y, width, height
+
+
+def canvas(
+    width: int, height: int, rectangles: Sequence[Sequence[int]], bright: int = 200
+) -> NDArray[np.uint8]:
+    """Black with bright rectangles (x, y, width, height), (y, x)."""
+    image = np.zeros((height, width), np.uint8)
+    for x, y, w, h in rectangles:
+        image[y : y + h, x : x + w] = bright
+    return image
+
+
+def write_scene(
+    path: Path, image: NDArray[np.generic], nodata: float | None = None, *, crs: str | None = UTM
+) -> Path:
+    """A GeoTIFF of one band (y, x) or several (band, y, x), 10 m pixels unless `crs` is None."""
+    bands = image[None] if image.ndim == 2 else image
+    place = {} if crs is None else {"crs": crs, "transform": from_origin(LEFT, TOP, PIXEL, PIXEL)}
+    count, height, width = bands.shape
+    with rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        count=count,
+        height=height,
+        width=width,
+        dtype=bands.dtype,
+        nodata=nodata,
+        **place,
+    ) as file:
+        file.write(bands)
+    return path
+
+
+def as_boxes(rectangles: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """Rectangles (N, 4) as boxes (N, 5)."""
+    x, y, w, h = np.asarray(rectangles, float).reshape(-1, 4).T
+    return np.stack([x + w / 2, y + h / 2, w, h, np.zeros_like(x)], axis=1)
+
+
+def bright_detector(images: NDArray[np.float32], classes: tuple[str, ...] = ("ship",)) -> list[Detections]:
+    """The bounds of each connected bright patch, scored by its area: an oracle for `canvas`."""
+    found = []
+    for image in images:
+        mask = image[0] > 0.5
+        patches = [shape for shape, _ in features.shapes(mask.astype(np.uint8), mask=mask, connectivity=8)]
+        bounds = np.array([features.bounds(patch) for patch in patches]).reshape(-1, 4)
+        x0, x1 = bounds[:, [0, 2]].min(1), bounds[:, [0, 2]].max(1)
+        y0, y1 = bounds[:, [1, 3]].min(1), bounds[:, [1, 3]].max(1)
+        rectangles = np.stack([x0, y0, x1 - x0, y1 - y0], axis=1)
+        scores = 1 - 1 / (1 + rectangles[:, 2] * rectangles[:, 3])
+        found.append(
+            Detections(
+                as_boxes(rectangles),
+                scores.astype(np.float32),
+                np.zeros(len(rectangles), np.int64),
+                classes,
+                oriented=False,
+            )
+        )
+    return found
+
+
+def rectangles_of(found: Detections) -> list[tuple[float, ...]]:
+    """The boxes as sorted (x, y, width, height), to compare with what was drawn."""
+    cx, cy, w, h = found.boxes[:, :4].T
+    return sorted(zip((cx - w / 2).tolist(), (cy - h / 2).tolist(), w.tolist(), h.tolist(), strict=True))
+
+
+@dataclass
+class BrightHeader:
+    """As the header of weights that know ships on SAR scenes, and vehicles and ships on RGB scenes."""
+
+    name: str = "bright"
+    classes: dict[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"sar": ("ship",), "rgb": ("plane", "ship", "vehicle")}
+    )
+    box_kind: dict[str, str] = field(default_factory=lambda: {"sar": "horizontal", "rgb": "oriented"})
+    gsd: dict[str, tuple[float, float]] = field(
+        default_factory=lambda: {"sar": (5.0, 20.0), "rgb": (5.0, 20.0)}
+    )
+    thresholds: dict[str, dict[str, float]] = field(
+        default_factory=lambda: {"sar": {"ship": 0.3}, "rgb": {"plane": 0.3, "ship": 0.4, "vehicle": 0.5}}
+    )
+
+
+@dataclass
+class BrightWeights:
+    """As loaded weights, with `bright_detector` for a network."""
+
+    header: BrightHeader = field(default_factory=BrightHeader)
+    name: str = "bright"
+    sha256: str = "0" * 64
+    asked: list[tuple[str, float | None, tuple[str, ...] | None]] = field(default_factory=list)
+    fails: BaseException | None = None
+
+    def detector(self, sensor, score=None, classes=None):
+        self.asked.append((str(sensor), score, classes))
+
+        def run(images: NDArray[np.float32]) -> list[Detections]:
+            if self.fails is not None:
+                raise self.fails
+            return bright_detector(images, tuple(classes or self.header.classes[sensor]))
+
+        return run
