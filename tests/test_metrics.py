@@ -1,0 +1,248 @@
+"""Metrics against pycocotools, the official rotated evaluation, and plain resampling."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from babelrs_geo import boxes, metrics
+from babelrs_geo.detections import Detections
+from babelrs_geo.errors import ParameterError
+
+GOLDEN = Path(os.environ.get("BABELRS_GEO_SHARED", Path(__file__).parents[2] / "shared")) / "golden"
+NAMES = ("ship", "car", "plane", "absent")
+
+
+def scenes(images: int, seed: int = 0, oriented: bool = False, ties: bool = False):
+    """Truths, and detections of them: jittered, missed, doubled, invented, some of the wrong class."""
+    r = np.random.default_rng(seed)
+    truths, predictions = [], []
+    for _ in range(images):
+        n = int(r.integers(0, 9))
+        b = np.column_stack(
+            [r.uniform(20, 200, (n, 2)), r.uniform(8, 40, (n, 2)), r.uniform(-90, 90, n) * oriented]
+        )
+        label = r.integers(0, 3, n)
+        truths.append(Detections(b, np.ones(n), label, NAMES, oriented))
+        pick = r.integers(0, n, int(r.integers(0, 2 * n + 1))) if n else np.zeros(0, int)
+        noise = r.normal(0, 1, (len(pick), 5)) * [1.2, 1.2, 1.2, 1.2, 3 * oriented]
+        found = np.vstack(
+            [
+                b[pick] + noise,
+                np.column_stack([r.uniform(20, 200, (3, 2)), np.full((3, 2), 20.0), np.zeros(3)]),
+            ]
+        )
+        found[:, 2:4] = found[:, 2:4].clip(2)
+        wrong = np.where(r.random(len(pick)) < 0.1, (label[pick] + 1) % 3, label[pick])
+        score = r.random(len(found)) * np.r_[np.ones(len(pick)), np.full(3, 0.4)]
+        predictions.append(
+            Detections(
+                found,
+                np.round(score, 1) if ties else score,
+                np.r_[wrong, r.integers(0, 3, 3)],
+                NAMES,
+                oriented,
+            )
+        )
+    return predictions, truths
+
+
+def coco_says(predictions, truths) -> np.ndarray:
+    """(classes, thresholds) by pycocotools."""
+    coco = pytest.importorskip("pycocotools.coco")
+    from pycocotools.cocoeval import COCOeval
+
+    def xywh(row: np.ndarray) -> list[float]:
+        return [row[0] - row[2] / 2, row[1] - row[3] / 2, row[2], row[3]]
+
+    data = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": k + 1, "name": n} for k, n in enumerate(NAMES)],
+    }
+    found = []
+    for image, (p, t) in enumerate(zip(predictions, truths, strict=True)):
+        data["images"].append({"id": image + 1})
+        for row, label in zip(t.boxes, t.labels, strict=True):
+            number = len(data["annotations"]) + 1
+            data["annotations"].append(
+                {
+                    "id": number,
+                    "image_id": image + 1,
+                    "category_id": int(label) + 1,
+                    "bbox": xywh(row),
+                    "area": 1,
+                    "iscrowd": 0,
+                }
+            )
+        for row, score, label in zip(p.boxes, p.scores, p.labels, strict=True):
+            found.append(
+                {
+                    "image_id": image + 1,
+                    "category_id": int(label) + 1,
+                    "bbox": xywh(row),
+                    "score": float(score),
+                }
+            )
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        truth.dataset = data
+        truth.createIndex()
+        e = COCOeval(truth, truth.loadRes(found), "bbox")
+        e.evaluate()
+        e.accumulate()
+    precision = e.eval["precision"][:, :, :, 0, 2]  # T, R, K
+    mean = precision.mean(1).T
+    return np.where(mean < 0, np.nan, mean)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_coco_equals_pycocotools(seed, ties):
+    predictions, truths = scenes(60, seed, ties=ties)
+    ours = metrics.average_precision(predictions, truths, interpolation="coco")
+    np.testing.assert_allclose(ours.ap, coco_says(predictions, truths), atol=1e-9)
+    assert np.isnan(ours.by_class()["absent"]) and 0.1 < ours.map < ours.ap50 < 1
+
+
+def test_coco_gives_a_tie_to_the_later_truth():
+    t = Detections(boxes.from_xyxy([[0, 0, 10, 10], [4, 0, 14, 10]]), [1, 1], [0, 0], NAMES, False)
+    p = Detections(boxes.from_xyxy([[2, 0, 12, 10], [4, 0, 14, 10]]), [0.9, 0.8], [0, 0], NAMES, False)
+    ours = metrics.average_precision([p], [t], interpolation="coco")
+    np.testing.assert_allclose(ours.ap, coco_says([p], [t]))
+    assert 0.4 < ours.by_class()["ship"] < 0.6
+
+
+def test_coco_counts_a_hundred_an_image():
+    r = np.random.default_rng(0)
+    t = Detections(boxes.from_xyxy([[0, 0, 10, 10]]), [1], [0], NAMES, False)
+    p = Detections(
+        np.tile(boxes.from_xyxy([[0, 0, 10, 10]]), (101, 1))
+        + np.r_[np.full(100, 500), 0][:, None] * [1, 0, 0, 0, 0],
+        np.r_[r.random(100) + 1, 0.5],
+        np.zeros(101),
+        NAMES,
+        False,
+    )
+    assert metrics.average_precision([p], [t], interpolation="coco").by_class()["ship"] == 0
+    assert metrics.average_precision([p], [t], interpolation="voc").by_class()["ship"] > 0
+    np.testing.assert_allclose(coco_says([p], [t])[0], 0)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the official module's numbers (shared/golden) are not here")
+def test_voc_equals_the_official_evaluation():
+    z = np.load(GOLDEN / "eval_rbbox_map.npz")
+    names = tuple("abcde")
+    predictions, truths = [], []
+    for k in range(int(z["n_images"])):
+        d, g = z[f"det{k}"], z[f"gt{k}"]
+        predictions.append(Detections(boxes.from_le90(d[:, :5]), d[:, 5], z[f"detlabel{k}"], names, True))
+        truths.append(Detections(boxes.from_le90(g), np.ones(len(g)), z[f"gtlabel{k}"], names, True))
+    ours = metrics.average_precision(predictions, truths)
+    np.testing.assert_allclose(np.nan_to_num(list(ours.by_class().values())), z["ap50"], atol=1e-6)
+    np.testing.assert_allclose(np.nan_to_num(list(ours.by_class(0.75).values())), z["ap75"], atol=1e-6)
+    np.testing.assert_allclose([ours.ap50, ours.map], [z["mAP50"], z["mAP"]], atol=1e-6)
+    assert ours.truths.tolist() == z["num_gts"].tolist()
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the official module's numbers (shared/golden) are not here")
+def test_h_mean_equals_the_published_one():
+    for row in json.loads((GOLDEN / "hmap.json").read_text()).values():
+        if "H_mAP" in row:
+            assert metrics.h_mean(*row["sar_dota_ifr_mAP"]) == pytest.approx(row["H_mAP"])
+
+
+def test_h_mean_is_zero_with_any_sensor():
+    assert metrics.h_mean(0.5, 0.5, 0.5) == pytest.approx(0.5)
+    assert metrics.h_mean(0.9, 0, 0.9) == 0
+
+
+@pytest.mark.parametrize("interpolation", ["voc", "coco"])
+def test_bootstrap_equals_evaluating_each_resample(interpolation):
+    predictions, truths = scenes(12, 3, oriented=True)
+    found = metrics.bootstrap(predictions, truths, n=8, seed=5, interpolation=interpolation)
+    draws = np.random.default_rng(5).multinomial(12, np.full(12, 1 / 12), size=8)
+    for k, draw in enumerate(draws):
+        pick = np.repeat(np.arange(12), draw)
+        plain = metrics.average_precision(
+            [predictions[i] for i in pick], [truths[i] for i in pick], interpolation=interpolation
+        )
+        np.testing.assert_allclose(found.replicates[k], plain.ap, atol=1e-12)
+        np.testing.assert_allclose(found.ap50_replicates()[k], plain.ap50)
+        np.testing.assert_allclose(found.map_replicates()[k], plain.map)
+
+
+def test_intervals_hold_the_estimate_and_narrow_with_more_images():
+    predictions, truths = scenes(400, 4)
+    whole = metrics.average_precision(predictions, truths)
+    before = time.perf_counter()
+    wide, narrow = metrics.bootstrap(predictions[:60], truths[:60]), metrics.bootstrap(predictions, truths)
+    assert time.perf_counter() - before < 30
+    low, high = narrow.ap50()
+    assert low < whole.ap50 < high and high - low < np.diff(wide.ap50())[0]
+    low, high = narrow.map()
+    assert low < whole.map < high
+    assert narrow.by_class()["ship"][0] < whole.by_class()["ship"] < narrow.by_class()["ship"][1]
+    assert np.isnan(narrow.by_class()["absent"]).all()
+    one = narrow.ap50(["ship"])
+    assert one == narrow.by_class()["ship"]
+    assert (
+        metrics.bootstrap(predictions, truths, n=50, seed=1).ap50()
+        == metrics.bootstrap(predictions, truths, n=50, seed=1).ap50()
+    )
+
+
+def test_best_f1_is_the_best_of_all_thresholds():
+    predictions, truths = scenes(40, 6, ties=True)
+    best = metrics.best_f1_thresholds(predictions, truths)
+    assert set(best) == {"ship", "car", "plane"}
+
+    def f1(name: str, threshold: float) -> float:
+        kept = [p[p.scores >= threshold] for p in predictions]
+        precision, recall = metrics.precision_recall(kept, truths)[name]
+        return 2 * precision * recall / (precision + recall) if precision > 0 else 0.0
+
+    for name, threshold in best.items():
+        tried = [f1(name, t) for t in np.arange(-0.05, 1.0, 0.05)]
+        assert f1(name, threshold) == pytest.approx(max(tried))
+
+
+def test_what_cannot_be_evaluated_is_told():
+    predictions, truths = scenes(3)
+    with pytest.raises(ParameterError, match="2 predictions and 3 truths"):
+        metrics.average_precision(predictions[:2], truths)
+    with pytest.raises(ParameterError, match="at least one"):
+        metrics.average_precision([], [])
+    with pytest.raises(ParameterError, match="is unknown"):
+        metrics.average_precision(predictions, truths, interpolation="eleven")
+    with pytest.raises(ParameterError, match=r"IoU 0\.5 was not evaluated"):
+        _ = metrics.average_precision(predictions, truths, thresholds=(0.75,)).ap50
+    with pytest.raises(ParameterError, match="one set at a time"):
+        metrics.average_precision(predictions, [*truths[:2], Detections.empty(("x",), False)])
+    with pytest.raises(ParameterError, match="'tank' was not evaluated"):
+        metrics.bootstrap(predictions, truths, n=2).ap50(["tank"])
+
+
+def test_classes_are_matched_by_name_and_others_are_not_counted():
+    predictions, truths = scenes(20, 8)
+    more = ("tank", "plane", "ship", "car", "absent")
+    place = np.array([more.index(name) for name in NAMES])
+    renamed = [Detections(p.boxes, p.scores, place[p.labels], more, False) for p in predictions]
+    extra = [
+        Detections.concatenate([p, Detections(p.boxes, p.scores, np.zeros(len(p)), more, False)])
+        for p in renamed
+    ]
+    np.testing.assert_array_equal(
+        metrics.average_precision(extra, truths).ap, metrics.average_precision(predictions, truths).ap
+    )
+    none = [Detections.empty(("ship",), False)] * 20
+    assert metrics.average_precision(none, truths).ap50 == 0
