@@ -1,12 +1,12 @@
 """`Georef`: where a pixel lies on the ground, whichever way the scene says so.
 
-Four kinds answer the same calls: `affine` (north-up or rotated), `gcps` (ground control points, joined by a thin-plate
-spline), `rpcs` (rational polynomials at a stated height or over an elevation model), `none`.
-A `Georef` holds plain numbers, so it can be hashed, compared, pickled and sent to a worker; GDAL's transformers are made
-where they are used, once per thread.
+Four kinds answer the same calls: `affine` (north-up or rotated), `gcps` (ground control points, joined by a
+thin-plate spline), `rpcs` (rational polynomials at a stated height or over an elevation model), `none`. A
+`Georef` holds plain numbers, so it can be hashed, compared, pickled and sent to a worker; GDAL's transformers
+are made where they are used, once per thread.
 
-Pixel coordinates are continuous, `(0, 0)` the outer corner of the first pixel; map coordinates are in traditional GIS
-order (x or longitude first), whatever the CRS's own axis order says.
+Pixel coordinates are continuous, `(0, 0)` the outer corner of the first pixel; map coordinates are in
+traditional GIS order (x or longitude first), whatever the CRS's own axis order says.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class Georef:
-    """A scene's georeference as plain numbers. Make one with `from_affine`, `from_gcps`, `from_rpcs` or `Georef()`.
+    """A scene's georeference as plain numbers. Make one with `from_affine`, `from_gcps`, `from_rpcs` or
+    `Georef()`.
 
-    All methods take scalars or arrays that broadcast together, and return float64 arrays of the broadcast shape. Points
-    that cannot be placed (beyond the horizon of an RPC, outside a projection) come back as NaN.
+    All methods take scalars or arrays that broadcast together, and return float64 arrays of the broadcast
+    shape. Points that cannot be placed (beyond the horizon of an RPC, outside a projection) come back as NaN.
     Raises GeorefError where a place is asked of pixels that have none, or where the numbers are degenerate.
     """
 
@@ -54,34 +55,33 @@ class Georef:
     """Which of the fields below holds."""
     crs_text: str | None = None
     """CRS of the map coordinates, as an authority code (`EPSG:32611`) or WKT; None if unknown."""
-    transform: tuple[float, float, float, float, float, float] | None = None
-    """Affine a, b, c, d, e, f: `x = a px + b py + c`, `y = d px + e py + f`."""
+    transform: tuple[float, float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    """Kind affine: a, b, c, d, e, f of `x = a px + b py + c`, `y = d px + e py + f`."""
     gcps: tuple[tuple[float, float, float, float], ...] = ()
     """Ground control points `(px, py, x, y)`, in pixels and in map coordinates."""
     rpcs: tuple[tuple[str, str], ...] = ()
     """Rational polynomial coefficients under GDAL's names."""
     height: float = 0.0
-    """RPCs: metres above the ellipsoid (or above the elevation model, where there is one) at which pixels are placed."""
+    """RPCs: metres above the ellipsoid (or above the elevation model, where there is one) at which pixels are
+    placed."""
     dem: str | None = None
     """RPCs: path of an elevation model, if any."""
     origin: tuple[float, float] = (0.0, 0.0)
-    """Where this georeference's pixel (0, 0) lies in the pixels the numbers above speak of: what `window` moves."""
+    """Where this georeference's pixel (0, 0) lies in the pixels the numbers above speak of: what `window`
+    moves."""
 
     def __post_init__(self) -> None:
         held = {
-            "affine": self.transform is not None,
+            "affine": True,
             "gcps": bool(self.gcps),
             "rpcs": bool(self.rpcs),
             "none": True,
         }
         if not held.get(self.kind):
             raise GeorefError(f"a georeference of kind {self.kind!r} lacks its numbers")
-        if self.kind == "affine":
-            affine = Affine(*self.transform or ())
-            if affine.is_degenerate or not np.isfinite(affine).all():
-                raise GeorefError(
-                    f"the affine transform {self.transform} is degenerate: pixels have no extent on the map"
-                )
+        flat = not np.isfinite(self.transform).all() or Affine(*self.transform).is_degenerate
+        if self.kind == "affine" and flat:
+            raise GeorefError(f"the affine transform {self.transform} is degenerate: pixels have no extent")
         if self.kind == "gcps":
             _check_gcps(self.gcps)
 
@@ -95,8 +95,9 @@ class Georef:
     def from_gcps(cls, points: Sequence[tuple[float, float, float, float]], crs: object = None) -> Georef:
         """From control points `(px, py, x, y)`: at least three, not on one line, no pixel at two places.
 
-        Points repeated word for word count once. Longitudes are unrolled next to the first one, so that a scene across the
-        antimeridian stays in one piece: `to_map` may give 181 degrees there, `to_lonlat` gives -179.
+        Points repeated word for word count once. Longitudes are unrolled next to the first one, so that a
+        scene across the antimeridian stays in one piece: `to_map` may give 181 degrees there, `to_lonlat`
+        gives -179.
         """
         text = _crs_text(crs)
         table = np.array(list(dict.fromkeys(tuple(map(float, p)) for p in points)), np.float64).reshape(-1, 4)
@@ -117,7 +118,7 @@ class Georef:
     @cached_property
     def affine(self) -> Affine | None:
         """Pixel to map for kind affine, `origin` included; None for the others."""
-        return None if self.transform is None else Affine(*self.transform) @ Affine.translation(*self.origin)
+        return Affine(*self.transform) @ Affine.translation(*self.origin) if self.kind == "affine" else None
 
     def to_map(self, px: ArrayLike, py: ArrayLike) -> Points:
         """Pixels to map coordinates `(x, y)`; pixels themselves where there is no georeference."""
@@ -136,7 +137,7 @@ class Georef:
         if self.kind == "none" or self.crs_text is None:
             what = "no georeference" if self.kind == "none" else "a transform but no CRS"
             raise GeorefError(
-                f"longitude and latitude were asked of a scene with {what}; assign one with gdal_edit.py -a_srs"
+                f"longitude and latitude were asked of a scene with {what}; assign one: gdal_edit.py -a_srs"
             )
         x, y = self.to_map(px, py)
         if self.crs_text == "EPSG:4326":
@@ -150,8 +151,9 @@ class Georef:
     def ground_sampling_distance(self, px: float, py: float) -> float | None:
         """Metres on the ground per pixel at one place, None where there is no georeference or no CRS.
 
-        Geometric mean of the two pixel axes, each measured as the geodesic across one pixel on the WGS 84 ellipsoid, so
-        that a projection whose metres are not true ones (EPSG:3395, EPSG:3857) gives the true answer.
+        Geometric mean of the two pixel axes, each measured as the geodesic across one pixel on the WGS 84
+        ellipsoid, so that a projection whose metres are not true ones (EPSG:3395, EPSG:3857) gives the true
+        answer.
         """
         if self.kind == "none" or self.crs_text is None:
             return None
@@ -168,7 +170,9 @@ class Georef:
         return replace(self, origin=(self.origin[0] + rect[0], self.origin[1] + rect[1]))
 
     def gcp_residuals(self) -> NDArray[np.float64]:
-        """How far, in pixels, each control point's place on the map falls from its pixel: (N,), empty without GCPs."""
+        """How far, in pixels, each control point's place on the map falls from its pixel: (N,), empty without
+        GCPs.
+        """
         if self.kind != "gcps":
             return np.zeros(0)
         points = np.array(self.gcps)
@@ -178,7 +182,7 @@ class Georef:
     def _forward(self, px: NDArray[np.float64], py: NDArray[np.float64]) -> Points:
         """File pixels to map, without `origin`."""
         if self.kind == "affine":
-            a, b, c, d, e, f = self.transform or ()
+            a, b, c, d, e, f = self.transform
             return a * px + b * py + c, d * px + e * py + f
         if self.kind == "gcps":
             return _call(_spline(self.gcps), px, py, TransformDirection.forward)
@@ -189,7 +193,7 @@ class Georef:
     def _backward(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> Points:
         """Map to file pixels, without `origin`."""
         if self.kind == "affine":
-            a, b, c, d, e, f = self.transform or ()
+            a, b, c, d, e, f = self.transform
             det = a * e - b * d
             x, y = x - c, y - f  # first, so that large false eastings cancel before anything is multiplied
             return (e * x - b * y) / det, (a * y - d * x) / det
@@ -209,9 +213,10 @@ _GEOD = pyproj.Geod(ellps="WGS84")
 def _newton(forward: Mapping, target: Points, start: Points) -> Points:
     """Solve `forward(p) = target` for each point, from `start`; NaN where it does not converge.
 
-    Needed because GDAL's reverse spline is a second spline through the same points, not the inverse of the first: between
-    the points they can differ by pixels (recent GDAL iterates too, older ones do not). The Jacobian is by central differences of .5 px, which a thin-plate spline, smooth
-    away from its nodes, follows closely enough for each step to gain at least two digits.
+    Needed because GDAL's reverse spline is a second spline through the same points, not the inverse of the
+    first: between the points they can differ by pixels (recent GDAL iterates too, older ones do not). The
+    Jacobian is by central differences of .5 px, which a thin-plate spline, smooth away from its nodes,
+    follows closely enough for each step to gain at least two digits.
     """
     px, py = start[0].copy(), start[1].copy()
     live = np.flatnonzero(np.isfinite(px + py + target[0] + target[1]))
@@ -256,7 +261,9 @@ def _check_gcps(points: tuple[tuple[float, float, float, float], ...]) -> None:
 
 
 def _cached(key: object, make: Callable[[], Any]) -> Any:
-    """One GDAL transformer a thread and georeference: they hold a handle, and are not for sharing. Keeps the last eight."""
+    """One GDAL transformer a thread and georeference: they hold a handle, and are not for sharing. Keeps the
+    last eight.
+    """
     held: dict[object, Any] = _local.__dict__.setdefault("held", {})
     if key not in held:
         while len(held) >= 8:
@@ -313,7 +320,9 @@ def _wrap(lon: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _near(lon: NDArray[np.float64], reference: float) -> NDArray[np.float64]:
-    """Longitudes moved by whole turns to within half a turn of the reference; those already there stay bit for bit."""
+    """Longitudes moved by whole turns to within half a turn of the reference; those already there stay bit
+    for bit.
+    """
     return lon - 360.0 * np.round((lon - reference) / 360.0)
 
 

@@ -1,30 +1,35 @@
-"""`Sensor` (SAR, IR, RGB) and its radiometry: which bands are read and how their numbers become model input in [0, 1].
+"""`Sensor` (SAR, IR, RGB) and its radiometry: which bands are read and how their numbers become model input
+in [0, 1].
 
 The weights were trained on 8-bit frames as `x / 255`, grey copied to three channels. So
 
 * **8-bit data of any sensor** is `x / 255`, exactly, with nothing estimated;
-* everything else is brought to look like those frames, by one linear range per band that is *fixed or estimated once per
-  scene* (`estimate`, from an overview or spread samples) and never per tile: an object looks the same in every tile.
+* everything else is brought to look like those frames, by one linear range per band that is *fixed or
+  estimated once per scene* (`estimate`, from an overview or spread samples) and never per tile: an object
+  looks the same in every tile.
 
 | sensor | kind | in the file | model input |
 |---|---|---|---|
 | SAR | `amplitude` | digital numbers, sigma-nought amplitude, magnitude of complex data | `a / high` |
 | SAR | `intensity` | power, linear (`sigma0`, `gamma0`) | amplitude `sqrt(p)`, then as above |
 | SAR | `db` | decibels, `20 log10(amplitude)` = `10 log10(power)` | amplitude `10**(x / 20)`, then as above |
-| IR | `kelvin`, `centikelvin`, `celsius`, `counts` | temperatures, or raw 16-bit counts | `(x - low) / (high - low)` |
-| RGB | `reflectance` | 16-bit or float optical data | `(x - low) / (high - low)` a band |
+| IR | `kelvin`, `centikelvin`, `celsius` | temperatures | `(x - low) / (high - low)` |
+| IR | `counts` | raw 16-bit counts of the camera | the same |
+| RGB | `reflectance` | 16-bit or float optical data | the same, a band at a time |
 
-**SAR range.** Low is amplitude 0; high is twelve times the 25th percentile of the amplitude, or its 95th percentile if that
-is larger. In the SSDD training frames (8-bit amplitude) the sea's median is 24 of 255 and ships saturate: with the dark
-quarter of the scene at a twelfth of the range, open sea lands there whether the scene is half land or all water, which no
-single high percentile achieves (over water alone the 99.5th is still speckle and would make the sea grey). The second term
-keeps at most 5 % of a bright, urban scene saturated.
+**SAR range.** Low is amplitude 0; high is twelve times the 25th percentile of the amplitude, or its 95th
+percentile if that is larger. In the SSDD training frames (8-bit amplitude) the sea's median is 24 of 255 and
+ships saturate: with the dark quarter of the scene at a twelfth of the range, open sea lands there whether the
+scene is half land or all water, which no single high percentile achieves (over water alone the 99.5th is
+still speckle and would make the sea grey). The second term keeps at most 5 % of a bright, urban scene
+saturated.
 
-**Infrared range.** Linear, so the unit does not matter. The .5th and 99.5th percentiles of the scene are put where they lie in
-the HIT-UAV training frames, 24 and 224 of 255, which leaves head-room for people and engines hotter than 99.5 % of the scene.
+**Infrared range.** Linear, so the unit does not matter. The .5th and 99.5th percentiles of the scene are put
+where they lie in the HIT-UAV training frames, 24 and 224 of 255, which leaves head-room for people and
+engines hotter than 99.5 % of the scene.
 
-**RGB range.** A band at a time (which also takes out the blue cast of raw reflectances): the .5th and 99.5th percentiles go to
-3 and 248 of 255, where they lie in the NWPU VHR-10 training frames.
+**RGB range.** A band at a time (which also takes out the blue cast of raw reflectances): the .5th and 99.5th
+percentiles go to 3 and 248 of 255, where they lie in the NWPU VHR-10 training frames.
 """
 
 from __future__ import annotations
@@ -74,12 +79,15 @@ _SPREAD = {  # percentiles of the scene, and the 8-bit values they have in the t
 
 @dataclass(frozen=True, kw_only=True)
 class Bands:
-    """What a file says of its bands, as plain values: all that choosing a sensor, bands and units looks at."""
+    """What a file says of its bands, as plain values: all that choosing a sensor, bands and units looks
+    at.
+    """
 
     dtype: str
     """NumPy name of the data type shared by the bands."""
     interpretations: tuple[str, ...]
-    """Colour interpretation of each band under rasterio's names: `gray`, `red`, `alpha`, `nir`, `sar_c`, ..."""
+    """Colour interpretation of each band under rasterio's names: `gray`, `red`, `alpha`, `nir`, `sar_c`,
+    ..."""
     descriptions: tuple[str, ...] = ()
     """Description of each band, empty where there is none."""
     units: tuple[str, ...] = ()
@@ -144,7 +152,9 @@ class Radiometry:
         return self.kind == "uint8" and set(self.low) == {0.0} and set(self.high) == {255.0}
 
     def apply(self, raw: NDArray[np.generic], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Raw numbers `(band, y, x)` of `bands`, in order, to model input `(3, y, x)` in [0, 1]; 0 where not `valid` `(y, x)`."""
+        """Raw numbers `(band, y, x)` of `bands`, in order, to model input `(3, y, x)` in [0, 1]; 0 where not
+        `valid` `(y, x)`.
+        """
         out = np.empty((3, *valid.shape), np.float32)
         for i, band in enumerate(raw):
             if self.is_exact:
@@ -176,8 +186,8 @@ class Radiometry:
     def from_json(cls, text: str) -> Radiometry:
         """What `to_json` wrote, equal to the original."""
         held = json.loads(text)
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items() if k != "sensor"}
-        return cls(sensor=Sensor.parse(held["sensor"]), **fields)
+        fields = {k: tuple(v) for k, v in held.items() if k not in ("sensor", "kind")}
+        return cls(sensor=Sensor.parse(held["sensor"]), kind=held["kind"], **fields)
 
 
 def magnitude(raw: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -208,8 +218,8 @@ def estimate(
 ) -> Radiometry:
     """The scene's radiometry from valid raw numbers spread over all of it.
 
-    `sample` is `(band, n)` of `bands`, in order, valid pixels only; it may be empty (nothing valid: any range serves), and is
-    not looked at for 8-bit data.
+    `sample` is `(band, n)` of `bands`, in order, valid pixels only; it may be empty (nothing valid: any range
+    serves), and is not looked at for 8-bit data.
     """
     scale = tuple(about.scale[b - 1] for b in bands) if about.scale else ()
     offset = tuple(about.offset[b - 1] for b in bands) if about.offset else ()
@@ -231,7 +241,9 @@ def estimate(
 
 
 def _range(sensor: Sensor, kind: str, unit: NDArray[np.float64]) -> tuple[float, float]:
-    """What becomes 0 and 1, in the kind's unit, from finite samples in that unit (the module's text says why)."""
+    """What becomes 0 and 1, in the kind's unit, from finite samples in that unit (the module's text says
+    why).
+    """
     if sensor is Sensor.SAR:
         p25, p95 = np.percentile(to_linear(kind, unit), [25.0, 95.0])
         high = float(max(_SAR_BACKGROUND * p25, p95))
@@ -263,7 +275,9 @@ _IR_UNITS = re.compile(
 
 
 def infer(about: Bands) -> tuple[Sensor, str]:
-    """The sensor and why, where the metadata settles it. SensorError, saying what to pass, where it does not."""
+    """The sensor and why, where the metadata settles it. SensorError, saying what to pass, where it does
+    not.
+    """
     colours = [about.interpretations[b - 1] for b in about.colours]
     labels = [about.label(b) for b in about.colours]
     picture = {"red", "green", "blue"} <= set(colours)
@@ -283,17 +297,18 @@ def infer(about: Bands) -> tuple[Sensor, str]:
                 return sensor, f"the metadata names {found.group()!r}"
     if picture:
         return Sensor.RGB, "its bands are red, green and blue"
-    n = len(colours)
     raise SensorError(
-        f"the metadata of {about.name or 'the scene'} does not say which sensor took it ({n} band{'s' * (n != 1)} of {about.dtype}, "
-        f"colours {', '.join(colours) or 'none'}); pass --sensor sar, ir or rgb"
+        f"the metadata of {about.name or 'the scene'} does not say which sensor took it "
+        f"({about.dtype}, bands {', '.join(colours) or 'none'}); pass --sensor sar, ir or rgb"
     )
 
 
 def choose_bands(
     sensor: Sensor, about: Bands, bands: tuple[int, ...] | None = None, polarisation: str | None = None
 ) -> tuple[int, ...]:
-    """The 1-based bands to read: as asked, else by polarisation (SAR) or colour (RGB). SensorError where they do not fit."""
+    """The 1-based bands to read: as asked, else by polarisation (SAR) or colour (RGB). SensorError where they
+    do not fit.
+    """
     count, colours = len(about.interpretations), about.colours
     need = 3 if sensor is Sensor.RGB else 1
     if bands is not None:
@@ -320,12 +335,12 @@ def choose_bands(
     if thermal or len(colours) in (1, 3):  # three may be grey copied thrice: the scene checks that they agree
         return ((thermal or list(colours))[0],)
     raise SensorError(
-        f"ir takes 1 band, but {about.name} has {len(colours)} and none is described as thermal; pass the band"
+        f"ir takes 1 band, but {about.name} has {len(colours)}, none described as thermal; pass the band"
     )
 
 
 def _polarised(about: Bands, asked: str | None) -> int:
-    """The band of the polarisation asked for; co-polarised before cross-polarised before the first where none was."""
+    """The band of the polarisation asked for, else VV, HH, HV, VH in this order, else the first band."""
     colours = about.colours
     if not colours:
         raise SensorError(f"{about.name} has no band but alpha; sar takes 1 band")
@@ -339,7 +354,7 @@ def _polarised(about: Bands, asked: str | None) -> int:
         if asked.upper() not in found:
             held = ", ".join(found) or "none that are described"
             raise SensorError(
-                f"polarisation {asked!r} was asked of {about.name}, which has {held}; pass one of these or a band"
+                f"polarisation {asked!r} was asked of {about.name}, which has {held}; pass one of these"
             )
         return found[asked.upper()]
     for name in ("VV", "HH", "HV", "VH"):
@@ -347,7 +362,7 @@ def _polarised(about: Bands, asked: str | None) -> int:
             return found[name]
     if len(colours) > 4:
         raise SensorError(
-            f"sar takes 1 band, but {about.name} has {len(colours)} and none names a polarisation; pass the band"
+            f"sar takes 1 band, but {about.name} has {len(colours)}, none a named polarisation; pass the band"
         )
     return colours[0]
 
@@ -357,7 +372,7 @@ def _red_green_blue(about: Bands) -> tuple[int, ...]:
     colours = about.colours
     if len(colours) < 3:
         raise SensorError(
-            f"rgb takes 3 bands, but {about.name} has {len(colours)}; pass --sensor sar or ir if that is what it is"
+            f"rgb takes 3 bands, but {about.name} has {len(colours)}; pass --sensor sar or ir if it is one"
         )
     by_colour = {about.interpretations[b - 1]: b for b in reversed(colours)}
     by_label = {about.label(b).strip().lower(): b for b in reversed(colours)}
@@ -370,11 +385,13 @@ def _red_green_blue(about: Bands) -> tuple[int, ...]:
 def choose_kind(
     sensor: Sensor, about: Bands, bands: Sequence[int], sample: NDArray[np.generic], units: str | None = None
 ) -> str:
-    """What the numbers are: as asked, else from data type, unit and description, else from the values of the sample.
+    """What the numbers are: as asked, else from data type, unit and description, else from the values of the
+    sample.
 
-    `sample` is `(band, n)`, valid raw numbers spread over the scene. SAR without a word on its unit is dB where a tenth of the
-    numbers or more are negative, intensity where they are real and mostly below 1 (calibrated power is), else amplitude.
-    Infrared is kelvin from 150 to 500, centikelvin from 15,000 to 50,000, celsius where real or signed, else counts.
+    `sample` is `(band, n)`, valid raw numbers spread over the scene. SAR without a word on its unit is dB
+    where a tenth of the numbers or more are negative, intensity where they are real and mostly below 1
+    (calibrated power is), else amplitude. Infrared is kelvin from 150 to 500, centikelvin from 15,000 to
+    50,000, celsius where real or signed, else counts.
     """
     if units is not None:
         kind = {

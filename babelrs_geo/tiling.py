@@ -1,12 +1,13 @@
 """How a scene is cut: integer rectangles that overlap where they are read and partition where they are owned.
 
 A `Grid` is a function of its four numbers alone. Along one axis of length `size` the outer tiles start every
-`tile - overlap` pixels; the last one is shifted back so that it ends with the scene. The seam between two neighbours lies
-in the middle of what they share, and the inner rectangles run from seam to seam. It follows that
+`tile - overlap` pixels; the last one is shifted back so that it ends with the scene. The seam between two
+neighbours lies in the middle of what they share, and the inner rectangles run from seam to seam. It follows
+that
 
 * the inners partition the scene, and every outer holds its inner and stays inside the scene;
-* any interval no longer than `overlap` lies whole in at least one outer, so an object no larger than the overlap is seen
-  whole at least once;
+* any interval no longer than `overlap` lies whole in at least one outer, so an object no larger than the
+  overlap is seen whole at least once;
 * a scene smaller than a tile is one tile of its own size.
 
 No I/O, no geography: pixels only (x right, y down, `(0, 0)` the outer corner of the first pixel).
@@ -56,7 +57,9 @@ class Rect(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One place to look: what is read and what of it is owned. A tile whose inner leaves its outer cannot be built."""
+    """One place to look: what is read and what of it is owned. A tile whose inner leaves its outer cannot be
+    built.
+    """
 
     index: int
     """Place in the grid, row-major, from 0."""
@@ -80,9 +83,11 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The tiles of a scene `width` by `height` pixels, in row-major order: `len`, iteration and `grid[i]` work.
+    """The tiles of a scene `width` by `height` pixels, in row-major order: `len`, iteration and `grid[i]`
+    work.
 
-    Raises ParameterError where a number is no whole number, a size is below 1, or `overlap` is not in `[0, tile)`.
+    Raises ParameterError where a number is no whole number, a size is below 1, or `overlap` is not in `[0,
+    tile)`.
     """
 
     width: int
@@ -106,8 +111,8 @@ class Grid:
                 raise ParameterError(f"{name} is {getattr(self, name)}, but must be at least 1 pixel")
         if not 0 <= self.overlap < self.tile:
             raise ParameterError(
-                f"overlap is {self.overlap} and tile {self.tile}: the overlap must be at least 0 and smaller than the "
-                "tile; lower --overlap or raise --tile"
+                f"overlap is {self.overlap} and tile {self.tile}: the overlap must be at least 0 and smaller "
+                "than the tile; lower --overlap or raise --tile"
             )
 
     @property

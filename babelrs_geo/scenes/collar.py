@@ -1,14 +1,16 @@
-"""The black collar that many orthomosaics have without declaring it: black pixels connected to the scene's border.
+"""The black collar that many orthomosaics have without declaring it: solid black connected to the border.
 
-Found once a scene, on a lattice of cells: single pixels up to 8192 pixels a side, larger cells (one sample each, read from
-an overview where there is one) beyond. Black cells are flooded from the border inward, 4-connected, a block at a time, so that
-only the border and the collar itself are ever read, and memory is at most 64 MB whatever the scene's size.
+Found once a scene, on a lattice of cells: single pixels up to 8192 pixels a side, larger cells (one sample
+each, read from an overview where there is one) beyond. Black cells are flooded from the border inward,
+4-connected, a block at a time, so that only the border and the collar itself are ever read, and memory is at
+most 64 MB and a few strips whatever the scene's size. Only cells whose neighbours are black too carry the
+flood: a dark sea where some pixels happen to be 0 is no collar, nor does the flood leak along a shadow.
 
-A pixel then belongs to the collar if it is black itself *and* its cell is flooded (or, with cells larger than a pixel, next to a
-flooded one). That depends on the pixel alone, never on the window it is read in: tiles agree.
-
-Lossy compression smears the edge: there pixels within eight of the flood (a JPEG block) count as black up to 8 of 255. Without a
-georeference only exact zeros count, whatever the compression: a picture of a dark sea is no mosaic, and must keep its values.
+A pixel then belongs to the collar if it is black itself *and* within reach of the flood: as many cells as
+were asked to be black around, so that the collar's edge is exact, or eight pixels (a JPEG block) where lossy
+compression smeared it, and black then means up to 8 of 255. That depends on the pixel alone, never on the
+window it is read in: tiles agree. Without a georeference only exact zeros count, whatever the compression: a
+picture of a dark sea is no mosaic, and must keep its values.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ from numpy.typing import NDArray
 LATTICE = 8192  # cells a side at most
 SMEAR = 8  # pixels a lossy block reaches, and the 8-bit values it smears black to
 _BLOCK = 512  # cells a side that are read at once
-_BLACK, _FLOODED = 1, 2
+_FLOODED = 2  # 1 is solid black not reached yet, 0 all else
 
 ReadBlack = Callable[[tuple[int, int, int, int], tuple[int, int]], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Collar:
-    """Where the collar may lie: cells near the flood, packed. Ask `covers`; the pixel itself must be black besides."""
+    """Where the collar may lie: cells near the flood, packed. Ask `covers`; the pixel itself must be black
+    besides.
+    """
 
     cell: int
     """Scene pixels a side of a cell."""
@@ -65,12 +69,19 @@ class Collar:
 
 
 def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Collar:
-    """Flood the black from the border. `read_black(window in scene pixels, cells' shape)` says which cells are black."""
+    """Flood the black from the border.
+
+    `read_black(window in scene pixels, cells' shape)` says which cells are black; `tolerance` above 0 says
+    that the edge is smeared.
+    """
     cell = -(-max(width, height) // LATTICE)
+    solid = 2 if cell == 1 else 1  # so a collar is at least 3 pixels wide at the border
     rows, columns = -(-height // cell), -(-width // cell)
     state = np.zeros((rows, columns), np.uint8)  # pages that are never touched take no memory
     down, across = -(-rows // _BLOCK), -(-columns // _BLOCK)
-    border = {(r, c) for r in range(down) for c in range(across) if r in (0, down - 1) or c in (0, across - 1)}
+    border = {
+        (r, c) for r in range(down) for c in range(across) if r in (0, down - 1) or c in (0, across - 1)
+    }
     queue, queued, seen = sorted(border), set(border), set()
     while queue:  # row-major, so that GDAL's cache serves files stored in strips
         r, c = heapq.heappop(queue)
@@ -79,38 +90,55 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
         r1, c1 = min(r0 + _BLOCK, rows), min(c0 + _BLOCK, columns)
         if (r, c) not in seen:
             seen.add((r, c))
-            x, y = c0 * cell, r0 * cell
-            window = (x, y, min(c1 * cell, width) - x, min(r1 * cell, height) - y)
-            state[r0:r1, c0:c1] = read_black(window, (r1 - r0, c1 - c0))
+            ra, ca, rb, cb = (
+                max(r0 - solid, 0),
+                max(c0 - solid, 0),
+                min(r1 + solid, rows),
+                min(c1 + solid, columns),
+            )
+            window = (
+                ca * cell,
+                ra * cell,
+                min(cb * cell, width) - ca * cell,
+                min(rb * cell, height) - ra * cell,
+            )
+            light = ~read_black(window, (rb - ra, cb - ca))
+            state[r0:r1, c0:c1] = ~_dilated(light, solid)[r0 - ra : r1 - ra, c0 - ca : c1 - ca]
         up, low, left, right = _grow(state, r0, r1, c0, c1)
         for ok, place in ((up, (r - 1, c)), (low, (r + 1, c)), (left, (r, c - 1)), (right, (r, c + 1))):
             if ok and place not in queued and 0 <= place[0] < down and 0 <= place[1] < across:
                 heapq.heappush(queue, place)
                 queued.add(place)
-    near = state == _FLOODED
-    if not near.any():
+    if state.max() < _FLOODED:
         return Collar(cell, (rows, columns), tolerance, b"")
-    for _ in range(-(-SMEAR // cell) if tolerance else int(cell > 1)):
-        near = _dilated(near)
-    return Collar(cell, (rows, columns), tolerance, zlib.compress(np.packbits(near, axis=1).tobytes(), 1))
+    reach = solid + (-(-SMEAR // cell) if tolerance else int(cell > 1))
+    packed = []
+    for r0 in range(0, rows, _BLOCK):
+        first = max(r0 - reach, 0)
+        near = _dilated(state[first : r0 + _BLOCK + reach] == _FLOODED, reach)
+        packed.append(np.packbits(near[r0 - first : r0 - first + _BLOCK], axis=1).tobytes())
+    return Collar(cell, (rows, columns), tolerance, zlib.compress(b"".join(packed), 1))
 
 
-def _dilated(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Each True cell and its eight neighbours."""
-    tall = mask.copy()
-    tall[1:] |= mask[:-1]
-    tall[:-1] |= mask[1:]
-    wide = tall.copy()
-    wide[:, 1:] |= tall[:, :-1]
-    wide[:, :-1] |= tall[:, 1:]
-    return wide
+def _dilated(mask: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:
+    """Each True cell and its neighbours up to `times` away, along rows, columns and diagonals."""
+    for _ in range(times):
+        tall = mask.copy()
+        tall[1:] |= mask[:-1]
+        tall[:-1] |= mask[1:]
+        mask = tall.copy()
+        mask[:, 1:] |= tall[:, :-1]
+        mask[:, :-1] |= tall[:, 1:]
+    return mask
 
 
 @njit(cache=True, nogil=True)
 def _grow(state, r0, r1, c0, c1):  # type: ignore[no-untyped-def]  # numba infers
-    """Flood the black cells of one block from the scene's border and from flooded cells just outside the block.
+    """Flood the black cells of one block from the scene's border and from flooded cells just outside the
+    block.
 
-    Returns whether the flood grew along its upper, lower, left and right edge: those neighbours must be looked at (again).
+    Returns whether the flood grew along its upper, lower, left and right edge: those neighbours must be
+    looked at (again).
     """
     rows, columns = state.shape
     stack = np.empty(((r1 - r0) * (c1 - c0), 2), np.int32)
@@ -121,8 +149,16 @@ def _grow(state, r0, r1, c0, c1):  # type: ignore[no-untyped-def]  # numba infer
             if state[r, c] != 1:
                 continue
             seed = r == 0 or c == 0 or r == rows - 1 or c == columns - 1
-            seed = seed or (r == r0 and r > 0 and state[r - 1, c] == 2) or (r == r1 - 1 and r1 < rows and state[r1, c] == 2)
-            seed = seed or (c == c0 and c > 0 and state[r, c - 1] == 2) or (c == c1 - 1 and c1 < columns and state[r, c1] == 2)
+            seed = (
+                seed
+                or (r == r0 and r > 0 and state[r - 1, c] == 2)
+                or (r == r1 - 1 and r1 < rows and state[r1, c] == 2)
+            )
+            seed = (
+                seed
+                or (c == c0 and c > 0 and state[r, c - 1] == 2)
+                or (c == c1 - 1 and c1 < columns and state[r, c1] == 2)
+            )
             if seed:
                 state[r, c] = 2
                 stack[top, 0], stack[top, 1] = r, c

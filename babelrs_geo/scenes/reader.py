@@ -1,7 +1,7 @@
 """A raster file through GDAL: facts once, then windows of raw numbers and declared validity, from any thread.
 
-One dataset handle a thread and overview level, since GDAL's handles must not be shared; reopened after a fork or a pickle.
-GDAL's block cache (bounded, `CACHE_MB`) is what lets overlapping tiles decode a block once.
+One dataset handle a thread and overview level, since GDAL's handles must not be shared; reopened after a fork
+or a pickle. GDAL's block cache (bounded, `CACHE_MB`) is what lets overlapping tiles decode a block once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ _SCHEMES = {  # how GDAL names what a browser or a cloud client names by URL
     "file://": "",
 }
 _LOSSY = {"JPEG", "YCbCr JPEG", "WEBP", "JXL", "JPEG2000"}
-_opening = threading.Lock()  # warnings.catch_warnings is not thread-safe; opening is rare enough to queue for it
+_opening = (
+    threading.Lock()
+)  # warnings.catch_warnings is not thread-safe; opening is rare enough to queue for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +84,15 @@ def gdal_path(path: str | os.PathLike[str]) -> str:
     for scheme, prefix in _SCHEMES.items():
         if text.lower().startswith(scheme):
             return prefix + text[len(scheme) :]
-    if text.startswith("/vsi") or not os.path.exists(text):  # not on disk: a GDAL connection string, or a mistake
-        return text
-    return str(Path(text).absolute())
+    on_disk = not text.startswith("/vsi") and _exists(text)  # else a GDAL connection string, or a mistake
+    return str(Path(text).absolute()) if on_disk else text
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # longer than a file name may be: inline XML of a VRT, say
+        return False
 
 
 @contextmanager
@@ -98,7 +106,8 @@ def gdal() -> Iterator[None]:
 class Reader:
     """Windows of one raster. Picklable; safe to call from many threads at once.
 
-    Raises SceneError, one line naming file, window and cause, where the file cannot be opened or a window cannot be read.
+    Raises SceneError, one line naming file, window and cause, where the file cannot be opened or a window
+    cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, height: float = 0.0, dem: str | None = None) -> None:
@@ -130,8 +139,9 @@ class Reader:
             dataset.close()
 
     def _dataset(self, level: int | None) -> Any:
-        """This thread's handle on an overview level, or on the full resolution where `level` is None."""
-        if self._pid != os.getpid():  # a fork shares file positions with its parent: leave those handles alone
+        """The calling thread's handle on an overview level, or on the full resolution where `level` is
+        None."""
+        if self._pid != os.getpid():  # after a fork: these handles share file positions with the parent's
             self._reset()
         handles: dict[int | None, Any] = self._local.__dict__.setdefault("handles", {})
         if level not in handles:
@@ -155,11 +165,12 @@ class Reader:
         level: int | None = None,
         shape: tuple[int, int] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Raw numbers `(band, y, x)` in the file's type and declared validity `(y, x)` of a window `(x, y, w, h)`.
+        """Raw numbers `(band, y, x)` in the file's type and declared validity `(y, x)` of a window.
 
-        Valid is a pixel that is finite in every band, differs from nodata in at least one (a colour may well hold the number
-        that means nodata in another band), and is not masked or transparent. With `shape` the window is decimated to it by
-        nearest neighbour.
+        The window is `(x, y, w, h)` in pixels of the level. Valid is a pixel that is finite in every band,
+        differs from nodata in at least one (a colour may well hold the number that means nodata in another
+        band), and is not masked or transparent. With `shape` the window is decimated to it by nearest
+        neighbour.
         """
         where = Window(*window)
         with gdal():
@@ -170,9 +181,10 @@ class Reader:
                 if self.facts.masked:
                     valid = dataset.read_masks(bands[0], window=where, out_shape=shape) > 0
             except (RasterioError, OSError, ValueError) as error:
+                place = f"x {window[0]}, y {window[1]}, {window[2]} by {window[3]} pixels"
                 raise SceneError(
-                    f"{self.given} cannot be read at x {window[0]}, y {window[1]}, {window[2]} by {window[3]} pixels "
-                    f"({cause(error)}); the file may be cut short or damaged: copy or download it again"
+                    f"{self.given} cannot be read at {place} ({cause(error)}); "
+                    "the file may be cut short or damaged: copy or download it again"
                 ) from error
         return raw, valid & _declared(raw, [self.facts.nodata[b - 1] for b in bands])
 
@@ -194,28 +206,34 @@ def _declared(raw: NDArray[Any], nodata: list[float | None]) -> NDArray[np.bool_
 
 def _open(path: str, given: str, level: int | None) -> Any:
     """A new handle. SceneError, one line, where the file is missing or no raster."""
-    if not path.startswith("/vsi") and ":" not in path and not os.path.exists(path):
+    if not path.startswith("/vsi") and ":" not in path and not _exists(path):
         raise SceneError(f"{given} does not exist; check the path")
-    if os.path.isdir(path) and not os.listdir(path):
-        raise SceneError(f"{given} is an empty folder; pass a raster file")
     options = {} if level is None else {"overview_level": level}
     with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
             return rasterio.open(path, **options)
         except (RasterioError, OSError, ValueError, TypeError) as error:
-            raise SceneError(f"{given} cannot be opened as a raster ({cause(error)}); gdalinfo tells more") from error
+            raise SceneError(
+                f"{given} cannot be opened as a raster ({cause(error)}); gdalinfo tells more"
+            ) from error
 
 
 def _facts(dataset: Any, given: str, height: float, dem: str | None) -> Facts:
     if dataset.count == 0:
         inside = dataset.subdatasets
-        remedy = f"pass one of its {len(inside)} subdatasets, such as {inside[0]}" if inside else "pass another file"
+        remedy = (
+            f"pass one of its {len(inside)} subdatasets, such as {inside[0]}"
+            if inside
+            else "pass another file"
+        )
         raise SceneError(f"{given} holds no band; {remedy}")
     flags = dataset.mask_flag_enums
     tags = dataset.tags()
     structure = dataset.tags(ns="IMAGE_STRUCTURE")
-    dtypes = {d for d, c in zip(dataset.dtypes, dataset.colorinterp, strict=True) if c.name != "alpha"} or set(dataset.dtypes)
+    dtypes = {
+        d for d, c in zip(dataset.dtypes, dataset.colorinterp, strict=True) if c.name != "alpha"
+    } or set(dataset.dtypes)
     every = [*tags.items(), *(item for b in dataset.indexes for item in dataset.tags(b).items())]
     for domain in ("IMAGERY", "EXIF"):
         every += dataset.tags(ns=domain).items()
@@ -232,7 +250,7 @@ def _facts(dataset: Any, given: str, height: float, dem: str | None) -> Facts:
         lossy=compression in _LOSSY and not lossless,
         tags=tuple((str(k), str(v)) for k, v in dict(every).items()),
         bands=Bands(
-            dtype=str(np.result_type(*dtypes)),
+            dtype=str(np.result_type(*("complex64" if d == "complex_int16" else d for d in dtypes))),
             interpretations=tuple(c.name for c in dataset.colorinterp),
             descriptions=tuple(d or "" for d in dataset.descriptions),
             units=tuple(u or "" for u in dataset.units),
@@ -246,13 +264,17 @@ def _facts(dataset: Any, given: str, height: float, dem: str | None) -> Facts:
 
 
 def _georef(dataset: Any, height: float, dem: str | None) -> Georef:
-    """The best georeference the file has: an affine, many GCPs, RPCs, few GCPs (mere corners), none, in this order."""
+    """The best georeference the file has: an affine, many GCPs, RPCs, few GCPs (mere corners), none, in this
+    order.
+    """
     crs = dataset.crs.to_wkt() if dataset.crs else None
     if not dataset.transform.is_identity or (crs and not dataset.gcps[0] and not dataset.rpcs):
         return Georef.from_affine(dataset.transform, crs)
     points, gcp_crs = dataset.gcps
     if len(points) > 4 or (points and not dataset.rpcs):
-        return Georef.from_gcps([(p.col, p.row, p.x, p.y) for p in points], gcp_crs.to_wkt() if gcp_crs else None)
+        return Georef.from_gcps(
+            [(p.col, p.row, p.x, p.y) for p in points], gcp_crs.to_wkt() if gcp_crs else None
+        )
     if dataset.rpcs:
         return Georef.from_rpcs(dataset.rpcs.to_gdal(), height, dem)
     return Georef()

@@ -1,8 +1,9 @@
 """Bring a window to another scale so that tiles agree on the pixels they share.
 
-Every output pixel is a function of its place in the whole resampled scene and of nothing else: weights come from global
-indices and sums run in one order, so two windows hold the same bits where they overlap. The filter is a triangle (bilinear
-when enlarging, antialiased bilinear when reducing), and pixels that are not valid take no part: `sum(w v x) / sum(w v)`.
+Every output pixel is a function of its place in the whole resampled scene and of nothing else: weights come
+from global indices and sums run in one order, so two windows hold the same bits where they overlap. The
+filter is a triangle (bilinear when enlarging, antialiased bilinear when reducing), and pixels that are not
+valid take no part: `sum(w v x) / sum(w v)`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ class Taps:
 
 
 def taps(start: int, stop: int, factor: float, size: int) -> Taps:
-    """Taps of output pixels `start` to `stop`, where one is `factor` input pixels wide and the input has `size` pixels."""
+    """Taps of output pixels `start` to `stop`, each `factor` input pixels wide; the input has `size`."""
     reach = max(factor, 1.0)
     centre = (np.arange(start, stop) + 0.5) * factor
     low = np.floor(centre - reach).astype(np.int64)
     index = low[:, None] + np.arange(int(np.ceil(2 * reach)) + 1)
     weight = np.maximum(0.0, 1.0 - np.abs(index + 0.5 - centre[:, None]) / reach)
     weight[(index < 0) | (index >= size)] = 0.0
-    # an output pixel whose centre lies past the last input centre by rounding of sizes still takes the nearest one
+    # where sizes were rounded, an output pixel may lie past the last input centre: it takes the nearest
     lost = weight.sum(axis=1) <= 0.0
     weight[lost, 0], index[lost, 0] = 1.0, size - 1
     index = np.clip(index, 0, size - 1)
@@ -51,7 +52,8 @@ def resample(
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """`(band, y, x)` and `(y, x)`, cut to the taps' input ranges, to the taps' output pixels.
 
-    Floats come back (float64 for types that float32 would round); a pixel is valid where at least half of its weight is.
+    Floats come back (float64 for types that float32 would round); a pixel is valid where at least half of its
+    weight is.
     """
     kind = np.float32 if raw.dtype.itemsize <= 2 or raw.dtype == np.float32 else np.float64
     share = _along(_along(valid.astype(kind)[None], down, 1), across, 2)[0]
@@ -66,7 +68,9 @@ def resample(
 
 
 def shrink(raw: NDArray[Any], valid: NDArray[np.bool_], k: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Means of k by k pixels, the last row and column of boxes perhaps smaller; valid where half the box or more is."""
+    """Means of k by k pixels, the last row and column of boxes perhaps smaller; valid where half the box or
+    more is.
+    """
     kind = np.float32 if raw.dtype.itemsize <= 2 or raw.dtype == np.float32 else np.float64
     rows, columns = np.arange(0, valid.shape[0], k), np.arange(0, valid.shape[1], k)
 

@@ -1,4 +1,6 @@
-"""`Scene`: one raster, its sensor, radiometry, georeference and validity; `Scene.read(window, scale)` is how pixels come in."""
+"""`Scene`: one raster, its sensor, radiometry, georeference and validity; `Scene.read(window, scale)` is how
+pixels come in.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from babelrs_geo.georef import Georef
 from babelrs_geo.scenes.collar import SMEAR, Collar, find
 from babelrs_geo.scenes.reader import Reader
 from babelrs_geo.scenes.resample import resample, shrink, taps
-from babelrs_geo.sensors import Radiometry, Sensor, choose_bands, choose_kind, estimate, infer
+from babelrs_geo.sensors import Radiometry, Sensor, choose_bands, choose_kind, estimate, infer, magnitude
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -42,13 +44,16 @@ class SceneOptions:
     polarisation: str | None = None
     """SAR: `VV`, `VH`, `HH` or `HV`; found by the bands' descriptions."""
     units: str | None = None
-    """`amplitude`, `intensity`, `db`, `kelvin`, `centikelvin`, `celsius`, `counts`, `reflectance` or `uint8`."""
+    """`amplitude`, `intensity`, `db`, `kelvin`, `centikelvin`, `celsius`, `counts`, `reflectance` or
+    `uint8`."""
     limits: tuple[float, float] | None = None
-    """What becomes 0 and 1, in the unit of the numbers, instead of the estimate (or of 0 and 255 for 8-bit data)."""
+    """What becomes 0 and 1, in the unit of the numbers, instead of the estimate (or of 0 and 255 for 8-bit
+    data)."""
     collar: bool = True
     """Treat black pixels connected to the border as not valid."""
     height: float = 0.0
-    """RPC scenes: metres above the ellipsoid (above the elevation model where there is one) of what is seen."""
+    """RPC scenes: metres above the ellipsoid (above the elevation model where there is one) of what is
+    seen."""
     dem: str | None = None
     """RPC scenes: path of an elevation model."""
 
@@ -76,16 +81,20 @@ class _Survey:
 def open_scene(
     path: str | os.PathLike[str], sensor: str | Sensor | None = None, options: SceneOptions | None = None
 ) -> Scene:
-    """Open a raster: any file, URL or virtual path GDAL reads (GeoTIFF, COG, VRT, JPEG 2000, PNG, `s3://`, `https://`, ...).
+    """Open a raster: any file, URL or virtual path GDAL reads (GeoTIFF, COG, VRT, JPEG 2000, PNG, `s3://`,
+    `https://`, ...).
 
-    `sensor` may be left out where the metadata settles it. Raises SceneError where the file cannot be opened, SensorError where
-    the sensor is unclear or does not fit the bands, GeorefError where the georeference is degenerate.
+    `sensor` may be left out where the metadata settles it. Raises SceneError where the file cannot be opened,
+    SensorError where the sensor is unclear or does not fit the bands, GeorefError where the georeference is
+    degenerate.
     """
     return Scene(path, sensor, options)
 
 
 class Scene:
-    """An open raster: picklable (it reopens on the other side), readable from many threads at once, a context manager."""
+    """An open raster: picklable (it reopens on the other side), readable from many threads at once, a context
+    manager.
+    """
 
     path: str
     """As GDAL opens it."""
@@ -100,7 +109,10 @@ class Scene:
     options: SceneOptions
 
     def __init__(
-        self, path: str | os.PathLike[str], sensor: str | Sensor | None = None, options: SceneOptions | None = None
+        self,
+        path: str | os.PathLike[str],
+        sensor: str | Sensor | None = None,
+        options: SceneOptions | None = None,
     ) -> None:
         self.options = options or SceneOptions()
         self._reader = Reader(path, height=self.options.height, dem=self.options.dem)
@@ -166,7 +178,9 @@ class Scene:
             return self._share
 
     def shape_at(self, scale: float) -> tuple[int, int]:
-        """Rows and columns of the scene read at `scale` model pixels per scene pixel, each rounded, at least 1."""
+        """Rows and columns of the scene read at `scale` model pixels per scene pixel, each rounded, at least
+        1.
+        """
         if not (math.isfinite(scale) and scale > 0):
             raise ParameterError(f"scale is {scale}, but must be above 0: model pixels per scene pixel")
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
@@ -174,9 +188,10 @@ class Scene:
     def read(self, window: Window, scale: float = 1.0) -> Pixels:
         """Model input of a window `(x, y, w, h)`, in pixels of the whole scene read at `scale`.
 
-        Raw numbers are resampled, then brought to [0, 1]. A pixel depends on its place in the scene alone: windows that overlap
-        agree bit for bit, at any scale. At a scale below 1 overviews are used where there are some. Raises ParameterError where
-        the window leaves the scene, SceneError where the file cannot be read there.
+        Raw numbers are resampled, then brought to [0, 1]. A pixel depends on its place in the scene alone:
+        windows that overlap agree bit for bit, at any scale. At a scale below 1 overviews are used where
+        there are some. Raises ParameterError where the window leaves the scene, SceneError where the file
+        cannot be read there.
         """
         rows, columns = self.shape_at(scale)
         _check(window, rows, columns)
@@ -198,10 +213,11 @@ class Scene:
 
     @property
     def data(self) -> xr.DataArray:
-        """All bands as a lazy, chunked `(band, y, x)` xarray view in the file's numbers; each chunk is read when asked for.
+        """All bands as a lazy, chunked `(band, y, x)` xarray view in the file's numbers; each chunk is read
+        when asked for.
 
-        `x` and `y` are centres in map units where the georeference is a north-up affine, else in pixels. The CRS is in the
-        `spatial_ref` coordinate as CF and rioxarray have it.
+        `x` and `y` are centres in map units where the georeference is a north-up affine, else in pixels. The
+        CRS is in the `spatial_ref` coordinate as CF and rioxarray have it.
         """
         from babelrs_geo.scenes.view import view
 
@@ -234,7 +250,7 @@ class Scene:
         return f"<Scene {self.name}: {self.width} x {self.height}, {self.sensor}, {self.radiometry.kind}>"
 
     def _check_grey(self) -> None:
-        """SensorError where SAR or infrared was asked of a colour picture; grey copied to three bands passes."""
+        """SensorError where SAR or infrared was asked of a colour picture; grey copied thrice passes."""
         about = self._reader.facts.bands
         names = [about.interpretations[b - 1] for b in about.colours]
         if self.sensor is Sensor.RGB or self.options.bands or not {"red", "green", "blue"} <= set(names):
@@ -242,7 +258,8 @@ class Scene:
         sample = self._survey(about.colours[:3]).sample.astype(np.float64)
         if sample.size and np.abs(sample - sample[:1]).mean() > 3.0:  # lossy chroma moves grey by a little
             raise SensorError(
-                f"{self.sensor} takes 1 band, but {self.name} has red, green and blue that differ; pass --sensor rgb, or the band"
+                f"{self.sensor} takes 1 band, but {self.name} has red, green and blue that differ; "
+                "pass --sensor rgb, or the band"
             )
 
     def _radiometry(self) -> Radiometry:
@@ -265,7 +282,11 @@ class Scene:
         SAR is never judged by an overview: averaging removes the speckle that its range is measured by.
         """
         level, shape = None, (self.height, self.width)
-        small = [i for i, d in enumerate(self._reader.facts.overviews) if shape[0] * shape[1] <= _SURVEY_PIXELS * d * d]
+        small = [
+            i
+            for i, d in enumerate(self._reader.facts.overviews)
+            if shape[0] * shape[1] <= _SURVEY_PIXELS * d * d
+        ]
         if shape[0] * shape[1] > _SURVEY_PIXELS and small and self.sensor is not Sensor.SAR:
             level = small[0]
             shape = self._reader.shape(level)
@@ -286,6 +307,7 @@ class Scene:
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Raw numbers and validity, the collar included, of a window in pixels of an overview level."""
         raw, valid = self._reader.read(bands or self._bands, window, level)
+        raw = magnitude(raw)
         if not self.options.collar or not valid.any():
             return raw, valid
         collar = self._found_collar()
@@ -313,13 +335,17 @@ class Scene:
             return self._collar
 
     def _resampled(self, window: Window, rows: int, columns: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """A window of the scene brought to `rows` by `columns`, from the overview that is just finer, or from means."""
+        """A window of the scene brought to `rows` by `columns`, from the overview that is just finer, or from
+        means.
+        """
         factor = min(self.height / rows, self.width / columns)
         finer = [i for i, d in enumerate(self._reader.facts.overviews) if d <= factor]
         level = finer[-1] if finer else None
         high, wide = self._reader.shape(level)
         left = min(high / rows, wide / columns)
-        k = int(left / 2) if left > 4 else 1  # the filter then spans few pixels, and memory stays that of strips
+        k = (
+            int(left / 2) if left > 4 else 1
+        )  # the filter then spans few pixels, and memory stays that of strips
         x, y, w, h = window
         down = taps(y, y + h, high / rows / k, -(-high // k))
         across = taps(x, x + w, wide / columns / k, -(-wide // k))
@@ -332,18 +358,22 @@ class Scene:
             strips.append(shrink(*part, k) if k > 1 else part)
         raw = np.concatenate([s[0] for s in strips], axis=1)
         valid = np.concatenate([s[1] for s in strips], axis=0)
-        return resample(np.abs(raw) if np.iscomplexobj(raw) else raw, valid, down, across)
+        return resample(raw, valid, down, across)
 
 
 def _check(window: Window, rows: int, columns: int) -> None:
     """ParameterError unless the window is a non-empty part of the scene."""
     x, y, w, h = window
     if min(x, y) < 0 or min(w, h) < 1 or x + w > columns or y + h > rows:
-        raise ParameterError(f"window {tuple(window)} is no part of a scene of {columns} by {rows} pixels (x, y, width, height)")
+        raise ParameterError(
+            f"window x, y, width, height {tuple(window)} is no part of a scene of {columns} by {rows} pixels"
+        )
 
 
 def _spread(size: int) -> list[tuple[int, int]]:
-    """Starts and lengths of up to eight stretches spread evenly along an axis; all of it if they would meet."""
+    """Starts and lengths of up to eight stretches spread evenly along an axis; all of it if they would
+    meet.
+    """
     length = math.isqrt(_SURVEY_PIXELS) // _SURVEY_SIDE
     if size <= length * _SURVEY_SIDE:
         return [(start, min(length, size - start)) for start in range(0, size, length)]
@@ -357,7 +387,9 @@ def _sentinel1(name: str) -> str | None:
 
 
 def _acquired(tags: dict[str, str], name: str) -> datetime | None:
-    """The first of: a tag that says ACQUISITION, a Sentinel-1 name, EXIF's and TIFF's date. Zone-less times are UTC."""
+    """The first of: a tag that says ACQUISITION, a Sentinel-1 name, EXIF's and TIFF's date. Zone-less times
+    are UTC.
+    """
     asked = [v for k, v in tags.items() if re.search("ACQUISITION|SENSING|COLLECT", k, re.IGNORECASE)]
     asked += [_sentinel1(name) or "", tags.get("EXIF_DateTimeOriginal", ""), tags.get("TIFFTAG_DATETIME", "")]
     parsers: tuple[Callable[[str], datetime], ...] = (

@@ -30,7 +30,9 @@ class _Lazy:
         window = (columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
         if min(window[2:]) < 1:  # dask asks for nothing when it wants to know what kind of array this is
             return np.zeros((len(range(*bands)), max(window[3], 0), max(window[2], 0)), self.dtype)
-        return self.scene.read_raw(window)[slice(*bands), :: rows[2], :: columns[2]].astype(self.dtype, copy=False)
+        return self.scene.read_raw(window)[slice(*bands), :: rows[2], :: columns[2]].astype(
+            self.dtype, copy=False
+        )
 
 
 def view(scene: Scene, block: tuple[int, int]) -> xr.DataArray:
@@ -39,14 +41,23 @@ def view(scene: Scene, block: tuple[int, int]) -> xr.DataArray:
     import xarray as xr
     from dask.base import tokenize
 
-    chunks = tuple(min(n, max(1, round(_CHUNK / b)) * b) for n, b in zip((scene.height, scene.width), block, strict=True))
+    chunks = tuple(
+        min(n, max(1, round(_CHUNK / b)) * b) for n, b in zip((scene.height, scene.width), block, strict=True)
+    )
     name = f"scene-{tokenize(scene.path, scene.width, scene.height, scene.dtype)}"
-    array = da.from_array(_Lazy(scene), chunks=(scene.count, *chunks), name=name, asarray=False, fancy=False)
+    array = da.from_array(  # type: ignore[no-untyped-call]
+        _Lazy(scene), chunks=(scene.count, *chunks), name=name, asarray=False, fancy=False
+    )
     x, y = np.arange(scene.width) + 0.5, np.arange(scene.height) + 0.5
     affine = scene.georef.affine
     if affine is not None and affine.is_rectilinear and affine.b == 0:
         x, y = affine.c + affine.a * x, affine.f + affine.e * y
-    out = xr.DataArray(array, dims=("band", "y", "x"), coords={"band": np.arange(1, scene.count + 1), "y": y, "x": x}, name=scene.name)
+    out = xr.DataArray(
+        array,
+        dims=("band", "y", "x"),
+        coords={"band": np.arange(1, scene.count + 1), "y": y, "x": x},
+        name=scene.name,
+    )
     reference: dict[str, str] = {}
     if scene.georef.crs is not None and affine is not None:
         reference["crs_wkt"] = scene.georef.crs.to_wkt()
@@ -62,7 +73,7 @@ def describe(scene: Scene) -> dict[str, str]:
     labels = [about.label(b) or about.interpretations[b - 1] for b in radiometry.bands]
     out = {
         "path": scene.path,
-        "format": f"{scene.driver}, {scene.width} x {scene.height} pixels, {scene.count} band{'s' * (scene.count != 1)} of {scene.dtype}",
+        "format": f"{scene.driver}, {scene.width} x {scene.height} pixels, {scene.count} x {scene.dtype}",
         "sensor": f"{scene.sensor} ({scene.sensor_reason})",
         "bands": ", ".join(f"{b} ({label})" for b, label in zip(radiometry.bands, labels, strict=True)),
         "radiometry": "8-bit, x / 255" if radiometry.is_exact else f"{radiometry.kind}, {_ranges(scene)}",
@@ -90,12 +101,14 @@ def _georeference(scene: Scene) -> str:
     georef = scene.georef
     if georef.kind == "none":
         return "none: results will be in pixels"
-    crs = "no CRS" if georef.crs is None else f"{georef.crs.name} ({georef.crs_text if len(georef.crs_text or '') < 20 else 'WKT'})"
+    code = georef.crs_text if len(georef.crs_text or "") < 20 else "WKT"
+    crs = "no CRS" if georef.crs is None else f"{georef.crs.name} ({code})"
     if georef.kind == "affine":
         turned = georef.affine is not None and (georef.affine.b != 0 or georef.affine.d != 0)
         return f"{'rotated' if turned else 'north-up'} affine, {crs}"
     if georef.kind == "gcps":
-        return f"{len(georef.gcps)} ground control points, thin-plate spline, {crs}, residuals up to {georef.gcp_residuals().max():.2g} px"
+        worst = georef.gcp_residuals().max()
+        return f"{len(georef.gcps)} control points, thin-plate spline, {crs}, residuals up to {worst:.2g} px"
     return f"rational polynomials at {georef.height:g} m{' above ' + georef.dem if georef.dem else ''}, {crs}"
 
 
@@ -104,6 +117,6 @@ def _validity(scene: Scene) -> str:
     sources = ["a mask or alpha band"] if facts.masked else []
     if scene.nodata is not None:
         sources.append(f"nodata {scene.nodata:g}")
-    if scene.options.collar and scene._found_collar().packed:
-        sources.append("a black collar, not declared")
+    if scene.options.collar and scene.nodata != 0 and scene._found_collar().packed:
+        sources.append("a black collar" if sources else "a black collar, not declared")
     return f"{100 * scene.valid_share:.1f} % valid" + (f" ({', '.join(sources)})" if sources else "")
