@@ -7,7 +7,7 @@ Nothing in it is a real acquisition, and the file's tags say so. Its place is re
 31N) so that it lands somewhere on a map, but its coast is not the coast there. What is kept from real images:
 fully developed speckle of a few looks, correlated by the impulse response; strong scatterers with the side
 lobes of that response; a textured land side with streets and corner reflectors; a quay and breakwaters as
-bright as ships; ships that lie at anchor, are under way with a wake, or are moored at a quay; buoys, which are
+bright as ships; ships at anchor, under way with a wake, or moored at a quay; buoys, which are
 not ships; and a slanted border without data.
 
 Positions are continuous pixels (x right, y down, (0, 0) the outer corner of the first pixel), headings are

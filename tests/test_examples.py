@@ -1,4 +1,4 @@
-"""The example scene: it says that it is simulated, it lies where it claims, and its ships are where its truth says."""
+"""The example scene says that it is simulated, and its ships are where its truth says."""
 
 from __future__ import annotations
 
