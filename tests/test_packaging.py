@@ -48,9 +48,9 @@ def calls() -> Iterator[list[str]]:
         for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").split("\n"):
                 for part in line.split("&&"):
-                    words = shlex.split(part.partition(" > ")[0], comments=True)
-                    if words[:1] == ["babelrs-geo"]:
-                        yield words[1:]
+                    if part.strip().startswith("babelrs-geo "):
+                        words = shlex.split(part, comments=True)
+                        yield words[1 : words.index(">") if ">" in words else None]
 
 
 def names(lines: list[str]) -> dict[str, str]:
