@@ -34,6 +34,19 @@ EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
 # With this set in the environment, an error nobody foresaw shows its traceback.
 DEBUG_VARIABLE = "BABELRS_GEO_DEBUG"
 
+# As `SceneOptions.units` lists them.
+_UNITS = (
+    "amplitude",
+    "intensity",
+    "db",
+    "kelvin",
+    "centikelvin",
+    "celsius",
+    "counts",
+    "reflectance",
+    "uint8",
+)
+
 Command = Callable[..., Any]
 
 
@@ -219,7 +232,7 @@ def _scene_options(command: Command) -> Command:
         click.option("--polarisation", metavar="VV", help="Polarisation to read, by the bands' names (sar)."),
         click.option(
             "--units",
-            type=click.Choice(["amplitude", "intensity", "db", "kelvin", "centikelvin", "celsius"]),
+            type=click.Choice(_UNITS),
             help="What the values are, where the metadata does not say.",
         ),
         click.option(
@@ -294,7 +307,7 @@ def _apply(options: Sequence[Callable[[Command], Command]], command: Command) ->
     return command
 
 
-@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(PROGRAM, cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 def main() -> None:
     """Find objects in large SAR, infrared and RGB scenes and write them as vectors for QGIS."""
@@ -347,10 +360,11 @@ def detect_verb(**given: Any) -> int:
     failed = found.provenance["tiles"]["failed"]
     if failed:
         reason = next(iter(found.coverage.loc[found.coverage["state"] == "failed", "reason"]))
+        tiles = "1 tile" if failed == 1 else f"{failed} tiles"
         _tell(
             "warning",
-            f"{failed} tiles could not be read ({reason}): the layer coverage shows them as failed; check "
-            "the file and run again with --overwrite",
+            f"{tiles} could not be read ({reason}): the layer coverage shows where; check the file and "
+            "run again with --overwrite",
         )
         return EXIT_INCOMPLETE
     return 0
@@ -382,9 +396,12 @@ def _outlook(scene: Scene, weights: str, options: DetectOptions) -> dict[str, st
         plan, cost = outlook(scene, weights, options)
     except BabelError as error:
         return {"detection": f"not possible: {error}"}
-    size = "its own pixels" if plan.gsd is None else f"{plan.gsd:.3g} m a pixel"
+    size = "the scene's own pixels"
+    if plan.gsd is not None:
+        how = "the scene's own" if plan.scale == 1 else f"resampled {plan.scale:.3g}x"
+        size = f"{plan.gsd:.3g} m a pixel, {how}"
     rows = {
-        "read at": size if plan.scale == 1 else f"{size} (resampled {plan.scale:.3g} x)",
+        "read at": size,
         "classes": ", ".join(plan.classes),
         "tiles": f"{len(plan.grid)} of {options.tile} px, about {cost.tiles} with valid pixels",
         "estimated time": f"{_duration(cost.seconds)} ({cost.seconds_per_tile:.2f} s a tile, measured here)",

@@ -1,7 +1,8 @@
-"""Scenes whose objects are bright rectangles on black, and the detector that finds exactly those."""
+"""Scenes whose objects are bright rectangles on dark, and the detector that finds exactly those."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio import features
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_origin
 
 from babelrs_geo.detections import Detections
@@ -23,8 +25,10 @@ SHIPS = np.array([[10, 12, 9, 5], [40, 20, 6, 12], [70, 66, 14, 6], [30, 80, 7, 
 def canvas(
     width: int, height: int, rectangles: Sequence[Sequence[int]], bright: int = 200
 ) -> NDArray[np.uint8]:
-    """Black with bright rectangles (x, y, width, height), (y, x)."""
-    image = np.zeros((height, width), np.uint8)
+    """Dark with bright rectangles (x, y, width, height), (y, x); not black, which would be taken for a
+    collar.
+    """
+    image = np.full((height, width), 20, np.uint8)
     for x, y, w, h in rectangles:
         image[y : y + h, x : x + w] = bright
     return image
@@ -37,18 +41,20 @@ def write_scene(
     bands = image[None] if image.ndim == 2 else image
     place = {} if crs is None else {"crs": crs, "transform": from_origin(LEFT, TOP, PIXEL, PIXEL)}
     count, height, width = bands.shape
-    with rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
-        count=count,
-        height=height,
-        width=width,
-        dtype=bands.dtype,
-        nodata=nodata,
-        **place,
-    ) as file:
-        file.write(bands)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(
+            path,
+            "w",
+            driver="GTiff",
+            count=count,
+            height=height,
+            width=width,
+            dtype=bands.dtype,
+            nodata=nodata,
+            **place,
+        ) as file:
+            file.write(bands)
     return path
 
 

@@ -1,0 +1,257 @@
+"""The command line: what it writes, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import geopandas as gpd
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from simple_scenes import SHIPS, UTM, BrightHeader, BrightWeights, canvas, write_scene
+
+from babelrs_geo import __version__, cli
+
+SMALL = ["--tile", "48", "--overlap", "16"]
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    """Stands in for the bundled weights; tests may change what it does."""
+    made = BrightWeights()
+    loads = []
+
+    def load(name="compact", device="cpu"):
+        loads.append((name, device))
+        return made
+
+    made.loads = loads
+    monkeypatch.setitem(sys.modules, "babelrs_geo.models.zoo", SimpleNamespace(load=load))
+    return made
+
+
+@pytest.fixture
+def harbour(tmp_path, monkeypatch):
+    """A scene in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return write_scene(tmp_path / "harbour.tif", canvas(100, 100, SHIPS)).name
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.main, [str(each) for each in arguments])
+
+
+def test_detect_writes_the_default_output_and_says_what_where_and_how_to_open_it(harbour, weights, tmp_path):
+    result = call("detect", harbour, "--sensor", "sar", *SMALL)
+    assert (result.exit_code, result.stderr) == (0, "")
+    found, written = result.stdout.splitlines()
+    assert found.startswith("Found 4 ship in 9 of 9 tiles in ")
+    assert written == (
+        "Written to harbour_detections.gpkg: drag it into QGIS, or run: qgis harbour_detections.gpkg"
+    )
+    assert len(gpd.read_file(tmp_path / "harbour_detections.gpkg", layer="detections")) == 4
+    assert len(gpd.read_file(tmp_path / "harbour_detections.gpkg", layer="coverage")) >= 1
+    assert weights.loads == [("compact", "cpu")]
+
+
+def test_quiet_is_silent_and_json_is_one_document(harbour, weights):
+    result = call("detect", harbour, "--sensor", "sar", *SMALL, "--quiet", "-o", "a.geojson")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    result = call("detect", harbour, "--sensor", "sar", *SMALL, "--json", "-o", "b.parquet")
+    told = json.loads(result.stdout)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert (told["output"], told["detections"], told["classes"]) == ("b.parquet", 4, {"ship": 4})
+    assert sum(told["tiles"].values()) == 9 and told["parameters"]["tile"] == 48
+    assert call("detect", harbour, "--quiet", "--json").exit_code == 2
+
+
+def test_all_options_arrive(harbour, weights, tmp_path):
+    result = call(
+        "detect", harbour, "--sensor", "SAR", "--classes", "ship", "--score", ".4", "--gsd", "native",
+        "--crs", "EPSG:4326", "--device", "cpu", "--batch", "2", "--weights", "mine.safetensors", "--json",
+        "--bands", "1",
+        "--units", "uint8", "--range", "0", "255", "--no-collar", *SMALL,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert weights.loads == [("mine.safetensors", "cpu")]
+    assert weights.asked == [("sar", 0.4, ("ship",))]
+    parameters = told["parameters"]
+    assert (parameters["gsd"], parameters["batch"], parameters["device"]) == ("native", 2, "cpu")
+    assert gpd.read_file(tmp_path / "harbour_detections.gpkg", layer="detections").crs == "EPSG:4326"
+
+
+def test_the_model_does_not_run_where_the_output_exists_and_overwrite_replaces_it(harbour, weights, tmp_path):
+    output = tmp_path / "harbour_detections.gpkg"
+    output.write_text("precious")
+    result = call("detect", harbour, "--sensor", "sar")
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert output.read_text() == "precious" and not weights.loads
+    assert call("detect", harbour, "--sensor", "sar", "--overwrite").exit_code == 0
+    assert output.read_bytes()[:6] == b"SQLite"
+
+
+def test_tiles_that_cannot_be_read_are_told_and_the_rest_is_written(harbour, weights, tmp_path, monkeypatch):
+    from babelrs_geo import scenes
+    from babelrs_geo.errors import SceneError
+
+    read = scenes.Scene.read
+
+    def flaky(self, window, scale=1.0):
+        if tuple(window[:2]) == (0, 0):
+            raise SceneError("block 0 is damaged")
+        return read(self, window, scale)
+
+    monkeypatch.setattr(scenes.Scene, "read", flaky)
+    result = call("detect", harbour, "--sensor", "sar", *SMALL)
+    assert result.exit_code == cli.EXIT_INCOMPLETE
+    assert "in 8 of 9 tiles" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("babelrs-geo: warning: 1 tile could not be read (block 0 is damaged)")
+    ground = gpd.read_file(tmp_path / "harbour_detections.gpkg", layer="coverage")
+    assert ground.set_index("state").loc["failed", "reason"] == "block 0 is damaged"
+
+
+def test_the_package_warns_in_one_line_once_and_others_are_not_heard(harbour, weights, monkeypatch):
+    weights.header = BrightHeader(gsd={"sar": (50.0, 60.0)})
+    detector = weights.detector
+
+    def noisy(*arguments):
+        warnings.warn("for developers of torch", UserWarning, stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        return detector(*arguments)
+
+    monkeypatch.setattr(weights, "detector", noisy)
+    result = call("detect", harbour, "--sensor", "sar", "--quiet")
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("babelrs-geo: warning: the scene's pixels of 10 m are read resampled 5.0x coarser")
+
+
+def test_an_interrupted_run_ends_with_130_and_leaves_nothing(harbour, weights, tmp_path):
+    weights.fails = KeyboardInterrupt()
+    result = call("detect", harbour, "--sensor", "sar")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "babelrs-geo: error: interrupted, nothing was written"
+    assert [path.name for path in tmp_path.iterdir()] == ["harbour.tif"]
+
+
+def test_a_fault_of_the_program_is_one_line_too_and_the_traceback_is_there_when_asked(
+    harbour, weights, monkeypatch
+):
+    weights.fails = RuntimeError("shapes\ndo not match")
+    result = call("detect", harbour, "--sensor", "sar")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("babelrs-geo: error: unexpected RuntimeError: shapes do not match")
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    assert isinstance(call("detect", harbour, "--sensor", "sar").exception, RuntimeError)
+
+
+def test_info_tells_what_how_where_and_how_long(harbour, weights):
+    result = call("info", harbour, "--sensor", "sar", *SMALL)
+    assert (result.exit_code, result.stderr) == (0, "")
+    told = dict(line.split("  ", 1) for line in result.stdout.splitlines())
+    told = {name: value.strip() for name, value in told.items()}
+    assert "100 x 100" in told["format"]
+    assert "sar" in told["sensor"]
+    assert UTM in told["georeference"]
+    assert "valid" in told["validity"]
+    assert told["read at"] == "10 m a pixel, the scene's own"
+    assert told["tiles"].startswith("9 of 48 px")
+    assert told["estimated time"].endswith("s a tile, measured here)")
+    assert json.loads(call("info", harbour, "--sensor", "sar", "--json").stdout)["sensor"] == told["sensor"]
+
+
+def test_info_tells_where_detection_would_refuse_and_why(harbour, weights):
+    result = call("info", harbour, "--sensor", "ir")
+    assert result.exit_code == 0
+    line = result.stdout.splitlines()[-1]
+    assert line.startswith("detection ") and 'not possible: weights "bright" know nothing of ir' in line
+
+
+def test_the_bar_shows_tiles_a_second_on_a_terminal_only(monkeypatch):
+    with cli._progress_bar("harbour.tif", hidden=False) as progress:
+        assert progress is None  # under pytest stderr is no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli._progress_bar("harbour.tif", hidden=True) as progress:
+        assert progress is None
+    with cli._progress_bar("harbour.tif", hidden=False) as progress:
+        progress(1, 10)
+        progress(10, 10)
+
+
+@pytest.mark.parametrize(
+    ("scene", "stem"),
+    [
+        ("scene.tif", "scene"),
+        ("/data/S1A_IW.SAFE/measurement/vv.tiff", "vv"),
+        ("https://host/a/b.tif?sig=1/2", "b"),
+        ("/vsizip/archive.zip/c.tif", "c"),
+        ("folder.SAFE/", "folder"),
+    ],
+)
+def test_the_default_output_is_named_after_the_scene(scene, stem):
+    assert cli._stem(scene) == stem
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(3.21, "3.2 s"), (75, "75 s"), (600, "10 min"), (5 * 3600 + 120, "5 h 02 min")]
+)
+def test_durations_are_said_as_people_do(seconds, said):
+    assert cli._duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["detect"], "Missing argument 'SCENE'"),
+        (["detect", "x.tif", "--sensor", "radar"], "'radar' is not one of"),
+        (["detect", "x.tif", "--gsd", "fine"], 'neither metres per pixel nor "native"'),
+        (["detect", "x.tif", "--bands", "r,g,b"], "not a comma-separated list of band numbers"),
+        (["detect", "x.tif", "--unknown"], "No such option"),
+        (["dectet"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("babelrs-geo: error: ") and words in line and "--help'" in line
+
+
+def test_help_and_version_need_nothing_heavy():
+    command = [sys.executable, "-X", "importtime", "-m", "babelrs_geo"]
+    for option, words in (("--help", "detect"), ("--version", __version__)):
+        result = subprocess.run([*command, option], capture_output=True, text=True, check=True, timeout=60)
+        assert words in result.stdout
+        loaded = {line.split("|")[-1].strip().partition(".")[0] for line in result.stderr.splitlines()}
+        assert not loaded & {"torch", "rasterio", "numpy", "geopandas", "pandas", "shapely", "rich", "numba"}
+
+
+def test_every_option_says_what_it_does():
+    for verb in cli.main.commands.values():
+        assert verb.help
+        for option in verb.params:
+            assert option.param_type_name == "argument" or option.help, option.name
+        assert call(verb.name, "--help").exit_code == 0
+
+
+def test_the_same_run_gives_the_same_bytes_with_the_clock_fixed(harbour, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("OGR_CURRENT_DATE", "2026-01-02T03:04:05.000Z")
+    for name in ("a.gpkg", "b.gpkg"):
+        assert call("detect", harbour, "--sensor", "sar", *SMALL, "-o", name).exit_code == 0
+    assert (tmp_path / "a.gpkg").read_bytes() == (tmp_path / "b.gpkg").read_bytes()
+
+
+def test_nothing_found_is_said_and_written(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scene(tmp_path / "calm.tif", np.full((60, 60), 20, np.uint8))
+    result = call("detect", "calm.tif", "--sensor", "sar")
+    assert result.stdout.startswith("Found nothing in 1 of 1 tiles")
+    assert gpd.read_file("calm_detections.gpkg", layer="detections").empty

@@ -1,0 +1,280 @@
+"""The whole sentence in Python: what is read how, what is kept, and what is told about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+
+import geopandas as gpd
+import numpy as np
+import pytest
+from shapely.geometry import box
+from simple_scenes import (
+    LEFT,
+    PIXEL,
+    SHIPS,
+    TOP,
+    UTM,
+    BrightHeader,
+    BrightWeights,
+    as_boxes,
+    canvas,
+    rectangles_of,
+    write_scene,
+)
+
+import babelrs_geo as bg
+from babelrs_geo import detect as detect_function
+from babelrs_geo.errors import GeorefError, LabelError, OutputError, ParameterError, SceneError, WeightsError
+
+detect_module = sys.modules["babelrs_geo.detect"]
+SMALL = {"tile": 48, "overlap": 16}
+
+
+@pytest.fixture
+def scene(tmp_path):
+    with bg.open_scene(write_scene(tmp_path / "harbour.tif", canvas(100, 100, SHIPS)), "sar") as opened:
+        yield opened
+
+
+def scene_of(path, image, sensor="sar", **more):
+    return bg.open_scene(write_scene(path, image, **more), sensor)
+
+
+def area_file(path, left, top, right, bottom, crs=UTM):
+    """A rectangle of scene pixels as a vector file in any CRS."""
+    outline = box(LEFT + left * PIXEL, TOP - bottom * PIXEL, LEFT + right * PIXEL, TOP - top * PIXEL)
+    gpd.GeoDataFrame(geometry=[outline], crs=UTM).to_crs(crs).to_file(path)
+    return path
+
+
+def test_the_package_offers_the_function_not_the_module():
+    assert bg.detect is detect_function is detect_module.detect
+    assert set(bg.__all__) <= set(dir(bg))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bg.nothing  # noqa: B018
+
+
+def test_a_scene_becomes_features_coverage_and_provenance(scene):
+    told = []
+    found = bg.detect(scene, BrightWeights(), bg.DetectOptions(**SMALL), lambda *p: told.append(p))
+    assert rectangles_of(found.detections) == sorted(tuple(map(float, ship)) for ship in SHIPS)
+    assert len(found.features) == len(SHIPS)
+    assert found.features.crs == found.coverage.crs == UTM
+    expected = [
+        box(LEFT + x * PIXEL, TOP - (y + h) * PIXEL, LEFT + (x + w) * PIXEL, TOP - y * PIXEL)
+        for x, y, w, h in SHIPS
+    ]
+    assert all(
+        any(polygon.equals_exact(other, 1e-6, normalize=True) for other in expected)
+        for polygon in found.features.geometry.normalize()
+    )
+    assert found.coverage.union_all().area == pytest.approx((100 * PIXEL) ** 2)
+    assert told[-1] == (9, 9)
+    assert sum(found.provenance["tiles"].values()) == 9
+
+
+def test_provenance_tells_all_parameters_and_nothing_of_the_host(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("OGR_CURRENT_DATE", "2026-01-02T03:04:05.000Z")
+    aoi = area_file(tmp_path / "bay.gpkg", 0, 0, 100, 100)
+    options = bg.DetectOptions(**SMALL, aoi=aoi, score=0.25)
+    told = bg.detect(scene, BrightWeights(), options).provenance
+    assert told["software"] == f"babelrs-geo {bg.__version__}"
+    assert told["weights"] == {"name": "bright", "sha256": "0" * 64}
+    assert told["started"] == told["finished"] == "2026-01-02T03:04:05.000Z"
+    parameters = told["parameters"]
+    assert {"tile", "overlap", "score", "classes", "gsd", "aoi", "batch", "device", "threads"} <= set(
+        parameters
+    )
+    assert parameters["aoi"] == "bay.gpkg" and parameters["thresholds"] == {"ship": 0.25}
+    assert parameters["scale"] == 1 and parameters["model_gsd_m"] == pytest.approx(10, rel=1e-2)
+    assert told["radiometry"]["sensor"] == "sar"
+    assert str(tmp_path) not in json.dumps(told)
+    assert bg.detect(scene, BrightWeights(), options).provenance == told
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "scale"),
+    [
+        ((5.0, 20.0), None, 1.0),  # inside the range: its own pixels
+        ((9.9, 9.95), None, 1.0),  # hardly outside: resampling would cost more than it brings
+        ((20.0, 40.0), None, 0.5),  # finer than known: read coarser, at the nearest end
+        ((1.0, 5.0), None, 2.0),  # coarser than known: read finer
+        ((20.0, 40.0), "native", 1.0),
+        ((20.0, 40.0), 5.0, 2.0),
+    ],
+)
+def test_ground_sampling_is_brought_into_the_weights_range(scene, known, asked, scale):
+    header = BrightHeader(gsd={"sar": known})
+    options = bg.DetectOptions(**SMALL, gsd=asked)
+    plan = detect_module.plan_for(scene, header, options)
+    assert plan.scale == pytest.approx(scale, rel=0.01) and not plan.caution
+    assert (plan.grid.height, plan.grid.width) == scene.shape_at(plan.scale)
+    found = bg.detect(scene, BrightWeights(header), options)
+    assert len(found.detections) == len(SHIPS)
+    np.testing.assert_allclose(
+        np.sort(found.detections.boxes[:, :2], 0), np.sort(as_boxes(SHIPS)[:, :2], 0), atol=1.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "words"),
+    [
+        ((1.0, 2.0), None, "read resampled 5.0x finer to 2 m .*know 1 to 2 m"),
+        ((50.0, 60.0), None, "read resampled 5.0x coarser to 50 m"),
+        ((1.0, 2.0), "native", r"read at 10 m a pixel, 5.0x outside"),
+    ],
+)
+def test_beyond_fourfold_one_line_warns(scene, known, asked, words):
+    with pytest.warns(UserWarning, match=words) as caught:
+        bg.detect(
+            scene, BrightWeights(BrightHeader(gsd={"sar": known})), bg.DetectOptions(**SMALL, gsd=asked)
+        )
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_classes_are_selected_in_the_order_of_the_weights_and_unknown_ones_are_refused(tmp_path):
+    image = np.stack([canvas(60, 60, SHIPS[:2])] * 3)
+    with scene_of(tmp_path / "town.tif", image, "rgb") as scene:
+        weights = BrightWeights()
+        found = bg.detect(scene, weights, bg.DetectOptions(classes=("vehicle", "ship"), score=0.1))
+        assert weights.asked == [("rgb", 0.1, ("ship", "vehicle"))]
+        assert found.provenance["parameters"]["classes"] == ["ship", "vehicle"]
+        with pytest.raises(ParameterError, match=r'unknown class "car" for rgb: .* plane, ship, vehicle'):
+            bg.detect(scene, weights, bg.DetectOptions(classes=("car",)))
+
+
+def test_weights_that_lack_the_sensor_are_refused(tmp_path):
+    with (
+        scene_of(tmp_path / "warm.tif", canvas(60, 60, SHIPS[:2]), "ir") as scene,
+        pytest.raises(WeightsError, match=r'"bright" know nothing of ir \(they know sar, rgb\)'),
+    ):
+        bg.detect(scene, BrightWeights())
+
+
+@pytest.mark.parametrize("crs", [UTM, "EPSG:4326"])
+def test_an_area_of_interest_limits_detections_and_coverage(scene, tmp_path, crs):
+    aoi = area_file(tmp_path / "aoi.gpkg", 0, 0, 60, 50, crs)
+    found = bg.detect(scene, BrightWeights(), bg.DetectOptions(**SMALL, aoi=aoi))
+    assert rectangles_of(found.detections) == [(10, 12, 9, 5), (40, 20, 6, 12)]
+    assert len(found.features) == 2
+    area = found.coverage.dissolve("state").area / PIXEL**2
+    looked = area.drop("outside").sum()
+    assert looked == pytest.approx(60 * 50, rel=0.01)
+    assert area.sum() == pytest.approx(100 * 100)
+    assert found.coverage["tiles"].sum() == 9
+    assert found.coverage["area_km2"].sum() == pytest.approx(1.0, rel=0.01)
+
+
+def test_an_area_elsewhere_or_for_a_scene_without_georeference_is_refused(scene, tmp_path):
+    aoi = area_file(tmp_path / "aoi.gpkg", 200, 200, 300, 300)
+    with pytest.raises(LabelError, match=r"aoi.gpkg does not touch harbour"):
+        bg.detect(scene, BrightWeights(), bg.DetectOptions(aoi=aoi))
+    with (
+        scene_of(tmp_path / "plain.tif", canvas(60, 60, SHIPS[:2]), crs=None) as plain,
+        pytest.raises(GeorefError, match=r"plain.* has no georeference"),
+    ):
+        bg.detect(plain, BrightWeights(), bg.DetectOptions(aoi=aoi))
+
+
+def test_a_scene_without_georeference_is_served_in_pixels_and_has_no_metres(tmp_path):
+    with scene_of(tmp_path / "plain.tif", canvas(60, 60, SHIPS[:2]), crs=None) as scene:
+        with pytest.warns(UserWarning, match="pixels"):
+            found = bg.detect(scene, BrightWeights())
+        assert found.features.crs is None and len(found.features) == 2
+        with pytest.raises(ParameterError, match="cannot be read at 5 m"):
+            bg.detect(scene, BrightWeights(), bg.DetectOptions(gsd=5.0))
+        with pytest.raises(GeorefError, match="cannot be written in EPSG:4326"):
+            found.save(tmp_path / "out.gpkg", crs="EPSG:4326")
+
+
+def test_a_scene_without_a_valid_pixel_is_refused(tmp_path):
+    path = write_scene(tmp_path / "void.tif", np.zeros((60, 60), np.uint8), nodata=0)
+    with pytest.raises(SceneError, match="valid"), bg.open_scene(path, "sar") as scene:
+        bg.detect(scene, BrightWeights())
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".parquet", ".geojson"])
+def test_results_are_saved_in_any_crs_and_never_over_an_existing_file_by_accident(scene, tmp_path, suffix):
+    layer = "detections" if suffix == ".gpkg" else "out"
+    found = bg.detect(scene, BrightWeights(), bg.DetectOptions(**SMALL))
+    path = found.save(tmp_path / f"out{suffix}", crs="EPSG:3857")
+    with pytest.raises(OutputError, match="exists"):
+        found.save(path)
+    read = gpd.read_parquet(path) if suffix == ".parquet" else gpd.read_file(path, layer=layer)
+    assert len(read) == len(SHIPS)
+    moved = found.features.to_crs(read.crs)
+    np.testing.assert_allclose(read.total_bounds, moved.total_bounds, atol=1e-3)
+    found.save(path, overwrite=True)
+
+
+def test_a_crs_that_is_none_or_cannot_show_the_ground_is_refused(scene, tmp_path):
+    found = bg.detect(scene, BrightWeights(), bg.DetectOptions(**SMALL))
+    with pytest.raises(ParameterError, match='"EPSG:0" is not a coordinate reference system'):
+        found.save(tmp_path / "out.gpkg", crs="EPSG:0")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tile": 0}, "tile is 0"),
+        ({"overlap": 640}, "overlap"),
+        ({"overlap": -1}, "overlap"),
+        ({"score": 1.5}, "score is 1.5"),
+        ({"classes": ()}, "classes is empty"),
+        ({"gsd": "fine"}, 'gsd is "fine"'),
+        ({"gsd": 0}, "gsd is 0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"threads": 0}, "threads is 0"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_opened(given, words):
+    with pytest.raises(ParameterError, match=words):
+        bg.DetectOptions(**given)
+
+
+def test_devices():
+    import torch
+
+    devices = detect_module._devices
+    assert devices("cpu") == ["cpu"]
+    assert devices("auto") == ["cuda" if torch.cuda.is_available() else "cpu"]
+    for text, words in (("gpu", "unknown device"), ("cuda:x", "unknown device"), ("cpu,cpu", "twice")):
+        with pytest.raises(ParameterError, match=words):
+            devices(text)
+    with pytest.raises(ParameterError, match="device cuda:99 is not there"):
+        devices("cuda:99")
+
+
+def test_threads_are_set_for_the_run_and_set_back(scene):
+    import torch
+
+    before = torch.get_num_threads()
+    seen = []
+
+    class Watching(BrightWeights):
+        def detector(self, sensor, score=None, classes=None):
+            seen.append(torch.get_num_threads())
+            inner = super().detector(sensor, score, classes)
+
+            def run(images):
+                seen.append(torch.get_num_threads())
+                return inner(images)
+
+            return run
+
+    bg.detect(scene, Watching(), bg.DetectOptions(threads=1))
+    assert seen[-1] == 1 and torch.get_num_threads() == before
+
+
+def test_the_outlook_counts_valid_tiles_and_measures_time(tmp_path):
+    image = canvas(100, 100, SHIPS)
+    image[50:] = 0
+    image[:50] += 20
+    with scene_of(tmp_path / "half.tif", image, nodata=0) as scene, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan, cost = detect_module.outlook(scene, BrightWeights(), bg.DetectOptions(**SMALL))
+    assert len(plan.grid) == 9 and 4 <= cost.tiles <= 5
+    assert cost.seconds == pytest.approx(cost.tiles * cost.seconds_per_tile)
