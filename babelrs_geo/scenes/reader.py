@@ -140,7 +140,8 @@ class Reader:
 
     def _dataset(self, level: int | None) -> Any:
         """The calling thread's handle on an overview level, or on the full resolution where `level` is
-        None."""
+        None.
+        """
         if self._pid != os.getpid():  # after a fork: these handles share file positions with the parent's
             self._reset()
         handles: dict[int | None, Any] = self._local.__dict__.setdefault("handles", {})
