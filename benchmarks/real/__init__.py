@@ -1,0 +1,1 @@
+"""Parts of `real_scenes.py`."""

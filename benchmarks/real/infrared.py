@@ -1,0 +1,191 @@
+"""Detection on a radiometric infrared mosaic against detection on the 8-bit frames it is made of.
+
+Frames of the val split are laid out on one map, a gap between them so that they do not blend, and written as
+their own bytes and as 16-bit centikelvin by the fixed law `27315 + 20 v` for a byte v (273.15 K to 324.15 K).
+Detection is then compared frame by frame with detection on the frames themselves:
+
+* `mosaic_8bit`: what laying out and tiling cost, with the same bytes.
+* `mosaic_fixed`: centikelvin with the law's own range given, so that every pixel maps back to v / 255.
+* `mosaic_estimated`: centikelvin as a user has it, the range estimated from the scene.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import rasterio
+from rasterio.transform import from_origin
+
+from babelrs_geo import DetectOptions, detect, open_scene
+from babelrs_geo import boxes as bx
+from babelrs_geo.detections import Detections
+from babelrs_geo.metrics import average_precision
+from babelrs_geo.scenes import SceneOptions
+from real.pictures import Layer, draw
+
+if TYPE_CHECKING:
+    from babelrs_geo.models.zoo import Weights
+
+    from babelrs_geo.scenes import Scene
+
+LAW_OFFSET_CK, LAW_STEP_CK = 27315, 20
+LIMITS_CK = (float(LAW_OFFSET_CK), float(LAW_OFFSET_CK + 255 * LAW_STEP_CK))
+GAP_PX = 96
+MOSAIC_CRS = "EPSG:32651"
+CORNER_M = (283000.0, 1615000.0)
+# AP needs the tail of low scores; what is below this adds nothing to it.
+LEAST_SCORE = 0.02
+JUDGED = ("person", "car", "bicycle")
+ALLOWED = 0.01
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One labelled image and where it lies in the mosaic."""
+
+    path: Path
+    truth: Detections
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+def read_frames(folder: Path, classes: tuple[str, ...], limit: int | None = None) -> list[Frame]:
+    """Frames with their DOTA labels, laid out row by row on a near-square grid of cells.
+
+    Raises FileNotFoundError where a frame has no label file, ValueError for a class that is not in `classes`.
+    """
+    paths = sorted((folder / "images").iterdir())[:limit]
+    sizes = []
+    for path in paths:
+        with rasterio.open(path) as source:
+            sizes.append((source.width, source.height))
+    columns = int(np.ceil(np.sqrt(len(paths))))
+    cell = np.max(sizes, axis=0) + GAP_PX
+    frames = []
+    for i, (path, (width, height)) in enumerate(zip(paths, sizes, strict=True)):
+        row, column = divmod(i, columns)
+        truth = read_dota(folder / "annfiles" / f"{path.stem}.txt", classes)
+        frames.append(
+            Frame(path, truth, GAP_PX + int(column * cell[0]), GAP_PX + int(row * cell[1]), width, height)
+        )
+    return frames
+
+
+def read_dota(path: Path, classes: tuple[str, ...]) -> Detections:
+    """A DOTA label file (eight coordinates, class, difficulty a line) as detections of score 1."""
+    quads, labels = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        parts = line.split()
+        if len(parts) >= 9:
+            quads.append(np.array(parts[:8], np.float64).reshape(4, 2))
+            labels.append(classes.index(parts[8]))
+    if not quads:
+        return Detections.empty(classes, True)
+    return Detections(
+        bx.from_corners(np.stack(quads)),
+        np.ones(len(quads), np.float32),
+        np.array(labels, np.int64),
+        classes,
+        True,
+    )
+
+
+def write_mosaic(path: Path, frames: list[Frame], gsd: float, centikelvin: bool) -> None:
+    """All frames in one tiled GeoTIFF with an assigned georeference of `gsd` metres a pixel.
+
+    16-bit centikelvin with nodata 0 in the gaps, or the frames' own bytes with 0 there.
+    """
+    width = max(f.x + f.width for f in frames) + GAP_PX
+    height = max(f.y + f.height for f in frames) + GAP_PX
+    mosaic = np.zeros((height, width), np.uint16 if centikelvin else np.uint8)
+    for frame in frames:
+        with rasterio.open(frame.path) as source:
+            byte = source.read(1)
+        place = mosaic[frame.y : frame.y + frame.height, frame.x : frame.x + frame.width]
+        place[:] = LAW_OFFSET_CK + LAW_STEP_CK * byte.astype(np.uint16) if centikelvin else byte
+    profile = {
+        "driver": "GTiff",
+        "width": width,
+        "height": height,
+        "count": 1,
+        "dtype": mosaic.dtype.name,
+        "crs": MOSAIC_CRS,
+        "transform": from_origin(*CORNER_M, gsd, gsd),
+        "tiled": True,
+        "compress": "deflate",
+    } | ({"nodata": 0} if centikelvin else {})
+    with rasterio.open(path, "w", **profile) as out:
+        out.write(mosaic, 1)
+
+
+def by_frame(found: Detections, frames: list[Frame]) -> list[Detections]:
+    """Detections of the mosaic in each frame's own pixels, by their centres; the gaps' are left out."""
+    x, y = found.boxes[:, 0], found.boxes[:, 1]
+    return [
+        found[(x >= f.x) & (x < f.x + f.width) & (y >= f.y) & (y < f.y + f.height)].shift(-f.x, -f.y)
+        for f in frames
+    ]
+
+
+def compare(folder: Path, weights: Weights, pictures: Path, limit: int | None = None) -> dict[str, Any]:
+    """AP50 of the frames and of each mosaic, by class and as the mean of person, car and bicycle."""
+    classes = tuple(weights.header.classes["ir"])
+    low, high = weights.header.gsd["ir"]
+    gsd = float(np.sqrt(low * high))
+    frames = read_frames(folder, classes, limit)
+    options = DetectOptions(score=LEAST_SCORE)
+    report: dict[str, Any] = {"frames": len(frames)}
+    alone = []
+    for frame in frames:
+        with open_scene(frame.path, "ir") as scene:
+            alone.append(detect(scene, weights, options).detections)
+    report["frames_8bit"] = _ap50(alone, frames)
+    wide = pictures / "infrared_centikelvin.tif"
+    write_mosaic(wide, frames, gsd, centikelvin=True)
+    narrow = pictures / "infrared_8bit.tif"
+    write_mosaic(narrow, frames, gsd, centikelvin=False)
+    fixed = SceneOptions(units="centikelvin", limits=LIMITS_CK)
+    runs = {
+        # The gaps are 0 by design; a search for a collar would also take dark ground beside them.
+        "mosaic_8bit": (narrow, SceneOptions(collar=False)),
+        "mosaic_fixed": (wide, fixed),
+        "mosaic_estimated": (wide, SceneOptions()),
+    }
+    for name, (path, how) in runs.items():
+        with open_scene(path, "ir", how) as scene:
+            found = detect(scene, weights, options).detections
+            kept = by_frame(found, frames)
+            report[name] = _ap50(kept, frames)
+            report[name]["in_gaps"] = len(found) - sum(map(len, kept))
+            report[name]["range"] = (*scene.radiometry.low, *scene.radiometry.high)
+            _picture(pictures / f"infrared_{name}.png", scene, frames, found, weights)
+    loss = {name: report["frames_8bit"]["mean"] - report[name]["mean"] for name in runs}
+    report["difference"] = {name: round(value, 4) for name, value in loss.items()}
+    report["met"] = all(abs(loss[name]) <= ALLOWED for name in ("mosaic_fixed", "mosaic_estimated"))
+    return report
+
+
+def _ap50(found: list[Detections], frames: list[Frame]) -> dict[str, Any]:
+    """AP50 by class, and its mean over the classes that are judged."""
+    measured = average_precision(found, [frame.truth for frame in frames], thresholds=(0.5,))
+    ap: dict[str, float] = dict(
+        zip(measured.classes, np.asarray(measured.ap, np.float64)[:, 0].tolist(), strict=True)
+    )
+    by_class: dict[str, Any] = {name: round(value, 4) for name, value in ap.items()}
+    return by_class | {"mean": float(np.nanmean([ap[name] for name in JUDGED]))}
+
+
+def _picture(path: Path, scene: Scene, frames: list[Frame], found: Detections, weights: Weights) -> None:
+    """The first four frames of the mosaic, labels green, what the stored thresholds report red."""
+    thresholds = weights.header.thresholds["ir"]
+    sure = found[np.array([s >= thresholds[c] for c, s in zip(found.class_names, found.scores, strict=True)])]
+    row = [f for f in frames if f.y == frames[0].y][:4]
+    window = (0, 0, row[-1].x + row[-1].width + GAP_PX, row[0].y + row[0].height + GAP_PX)
+    truth = np.concatenate([f.truth.shift(f.x, f.y).boxes for f in row])
+    texts = [f"{c} {s:.2f}" for c, s in zip(sure.class_names, sure.scores, strict=True)]
+    draw(path, scene.read(window).image, (0, 0), [Layer(truth, "lime"), Layer(sure.boxes, "red", texts)], 0.6)
