@@ -450,7 +450,8 @@ def _counts(found: Found) -> dict[str, int]:
 def _sentence(found: Found, path: Path, seconds: float) -> str:
     """What was found, where it was written, how to open it."""
     counts = _counts(found)
-    what = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+    objects = "1 object" if len(found.features) == 1 else f"{len(found.features)} objects"
+    what = f"{objects} ({', '.join(f'{n} {name}' for name, n in counts.items())})" if counts else "nothing"
     tiles = found.provenance["tiles"]
     looked = tiles["detected"] + tiles["empty"]
     return (

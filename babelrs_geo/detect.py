@@ -366,11 +366,6 @@ def _area(scene: Scene, path: str | os.PathLike[str]) -> _MapArea:
 
     from babelrs_geo import vectors
 
-    if scene.georef.crs is None:
-        raise GeorefError(
-            f"{scene.name} has no georeference, so the area of interest {Path(path).name} cannot be placed "
-            "in it: leave it out, or give the scene a georeference"
-        )
     area = _MapArea(vectors.read_area(path, scene.georef.crs), scene)
     whole = np.array([[0, 0, scene.width, scene.height]], np.int64)
     if not area.touches(whole).any():

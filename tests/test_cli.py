@@ -49,7 +49,7 @@ def test_detect_writes_the_default_output_and_says_what_where_and_how_to_open_it
     result = call("detect", harbour, "--sensor", "sar", *SMALL)
     assert (result.exit_code, result.stderr) == (0, "")
     found, written = result.stdout.splitlines()
-    assert found.startswith("Found 4 ship in 9 of 9 tiles in ")
+    assert found.startswith("Found 4 objects (4 ship) in 9 of 9 tiles in ")
     assert written == (
         "Written to harbour_detections.gpkg: drag it into QGIS, or run: qgis harbour_detections.gpkg"
     )

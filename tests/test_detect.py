@@ -167,15 +167,19 @@ def test_an_area_of_interest_limits_detections_and_coverage(scene, tmp_path, crs
     assert found.coverage["area_km2"].sum() == pytest.approx(1.0, rel=0.01)
 
 
-def test_an_area_elsewhere_or_for_a_scene_without_georeference_is_refused(scene, tmp_path):
+def test_an_area_elsewhere_is_refused_and_for_a_scene_without_georeference_it_is_in_pixels(scene, tmp_path):
     aoi = area_file(tmp_path / "aoi.gpkg", 200, 200, 300, 300)
     with pytest.raises(LabelError, match=r"aoi.gpkg does not touch harbour"):
         bg.detect(scene, BrightWeights(), bg.DetectOptions(aoi=aoi))
-    with (
-        scene_of(tmp_path / "plain.tif", canvas(60, 60, SHIPS[:2]), crs=None) as plain,
-        pytest.raises(GeorefError, match=r"plain.* has no georeference"),
-    ):
-        bg.detect(plain, BrightWeights(), bg.DetectOptions(aoi=aoi))
+    with scene_of(tmp_path / "plain.tif", canvas(60, 60, SHIPS[:2]), crs=None) as plain:
+        with pytest.raises(LabelError, match="the scene has none"):
+            bg.detect(plain, BrightWeights(), bg.DetectOptions(aoi=aoi))
+        pixels = tmp_path / "pixels.gpkg"
+        with pytest.warns(UserWarning, match="'crs' was not provided"):
+            gpd.GeoDataFrame(geometry=[box(0, 0, 30, 60)]).to_file(pixels)
+        with pytest.warns(UserWarning, match="pixels"):
+            found = bg.detect(plain, BrightWeights(), bg.DetectOptions(aoi=pixels))
+        assert rectangles_of(found.detections) == [(10, 12, 9, 5)]
 
 
 def test_a_scene_without_georeference_is_served_in_pixels_and_has_no_metres(tmp_path):
