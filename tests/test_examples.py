@@ -129,13 +129,7 @@ def test_ships_are_the_size_the_weights_were_shown(ships):
 def test_a_result_is_drawn_over_its_scene(ships, tmp_path):
     bounds = np.array([ship["properties"]["px_bounds"] for ship in ships], float)
     ones, labels = np.ones(len(bounds), np.float32), np.zeros(len(bounds), int)
-    truth = Detections(
-        boxes.from_xyxy(bounds),
-        np.ones(len(bounds), np.float32),
-        np.zeros(len(bounds), int),
-        ("ship",),
-        False,
-    )
+    truth = Detections(boxes.from_xyxy(bounds), ones, labels, ("ship",), False)
     with bg.open_scene(SCENE) as scene:
         features = vectors.features(truth, scene.georef, vectors.Origin(scene.name, "sar", scene.acquired))
         whole = np.array([[0, 0, scene.width, scene.height]])
