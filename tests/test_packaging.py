@@ -97,6 +97,8 @@ def imported(folder: str) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add((node.module or "").split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
+                found.add(ast.literal_eval(node.args[0]).split(".")[0])
     ours = {"babelrs_geo", *(path.stem for path in (ROOT / folder).rglob("*"))}
     return found - set(sys.stdlib_module_names) - ours
 
