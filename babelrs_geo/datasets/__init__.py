@@ -1,0 +1,1 @@
+"""Readers of training data and the augmentation that turns records into samples."""

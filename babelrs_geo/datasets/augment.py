@@ -1,0 +1,99 @@
+"""From a labelled image to a training crop: one affine map, one resampling, boxes carried along."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from babelrs_geo.boxes import areas, clip, corners, from_corners
+from babelrs_geo.datasets.soi import Record
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How crops are drawn. Scales are output pixels an input pixel."""
+
+    size: int = 384
+    scale: tuple[float, float] = (0.7, 1.4)
+    turn: bool = True
+    """Any rotation in half of the crops; quarter turns and flips always. Horizontal boxes allow quarter turns only."""
+    gamma: float = 0.25
+    contrast: float = 0.2
+    visible: float = 0.4
+    """A box cut by the crop's edge is kept, clipped, from this visible share on."""
+    smallest: float = 4.0
+    """Boxes with a shorter long side, in output pixels, are dropped."""
+
+
+def load_image(record: Record) -> Tensor:
+    """Image of a record as (3, H, W) float32 in [0, 1]; grey is repeated."""
+    with Image.open(record.path) as image:
+        array = np.asarray(image.convert("RGB"), dtype=np.uint8)
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+
+
+def augment(
+    image: Tensor, record: Record, options: Augment, rng: np.random.Generator
+) -> tuple[Tensor, NDArray[np.float64], NDArray[np.int64]]:
+    """A random crop (3, size, size) with its boxes (n, 5) cxcywhr and labels (n,).
+
+    The crop is centred near a random object three times in four, so that rare objects are seen.
+    """
+    height, width = image.shape[1:]
+    size = options.size
+    scale = math.exp(rng.uniform(math.log(options.scale[0]), math.log(options.scale[1])))
+    angle = math.radians(90 * int(rng.integers(4)))
+    if options.turn and rng.random() < 0.5:
+        angle += rng.uniform(-math.pi / 4, math.pi / 4)
+    flip = -1.0 if rng.random() < 0.5 else 1.0
+    if len(record.boxes) and rng.random() < 0.75:
+        focus = record.boxes[rng.integers(len(record.boxes)), :2]
+    else:
+        focus = rng.uniform((0, 0), (width, height))
+    reach = size / scale * 0.4
+    centre = focus + rng.uniform(-reach, reach, 2)
+    # Keep the view over the image where the image is larger than the view.
+    margin = np.minimum(np.array([width, height]) / 2, size / scale / 2)
+    centre = np.clip(centre, margin, np.array([width, height]) - margin)
+
+    # Output pixel o looks at input pixel centre + inverse @ (o - size / 2).
+    cos, sin = math.cos(angle), math.sin(angle)
+    forward = scale * np.array([[cos * flip, -sin], [sin * flip, cos]])
+    inverse = np.linalg.inv(forward)
+    crop = _sample(image, inverse, centre, size)
+
+    quads = (corners(record.boxes) - centre) @ forward.T + size / 2
+    boxes = from_corners(quads)
+    if record.sensor == "sar":
+        low, high = quads.min(1), quads.max(1)
+        boxes = np.column_stack([(low + high) / 2, high - low, np.zeros(len(quads))])
+    seen = clip(boxes, (0.0, 0.0, float(size), float(size)))
+    keep = (areas(seen) >= options.visible * areas(boxes)) & (
+        seen[:, 2:4].max(1, initial=0) >= options.smallest
+    )
+    keep &= seen[:, 2:4].min(1, initial=np.inf) >= 1
+    return _tone(crop, options, rng), seen[keep], record.labels[keep]
+
+
+def _sample(image: Tensor, inverse: NDArray[np.float64], centre: NDArray[np.float64], size: int) -> Tensor:
+    height, width = image.shape[1:]
+    half = torch.tensor([width / 2, height / 2])
+    linear = torch.from_numpy(inverse).float() * (size / 2) / half.unsqueeze(1)
+    offset = torch.from_numpy(centre).float() / half - 1
+    theta = torch.cat([linear, offset.unsqueeze(1)], 1).unsqueeze(0)
+    grid = F.affine_grid(theta, [1, 3, size, size], align_corners=False)
+    return F.grid_sample(image.unsqueeze(0), grid, align_corners=False)[0]
+
+
+def _tone(crop: Tensor, options: Augment, rng: np.random.Generator) -> Tensor:
+    """Random gamma, contrast and brightness; zero stays zero, as it does for invalid pixels."""
+    gamma = math.exp(rng.uniform(-options.gamma, options.gamma))
+    gain = math.exp(rng.uniform(-options.contrast, options.contrast))
+    return (crop.clamp(0, 1) ** gamma * gain).clamp(0, 1)

@@ -1,0 +1,113 @@
+"""Reader for SOI-Det's folder layout: SAR as COCO JSON, RGB and infrared as DOTA text (BabelRS section 4).
+
+Both spellings of the layout are read: images as `.png` or `.jpg`, infrared under `png_images` or `images`, splits
+named train, val or test as each folder has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from babelrs_geo.boxes import from_corners, from_xyxy
+from babelrs_geo.errors import LabelError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One labelled image of a benchmark."""
+
+    sensor: str
+    path: Path
+    boxes: NDArray[np.float64]
+    """(N, 5) cxcywhr in pixels of the image."""
+    labels: NDArray[np.int64]
+    """(N,) indices into the sensor's own classes."""
+
+
+def read_split(root: Path, sensor: str, split: str, classes: Sequence[str]) -> list[Record]:
+    """Records of one sensor's split under a SOI-Det folder, sorted by file name.
+
+    Images without objects are kept: they are background. Raises LabelError for a missing folder, a class outside
+    `classes`, or an image that is not there.
+    """
+    if sensor == "sar":
+        return _coco(root / "SARDet_50K", split, classes)
+    if sensor == "rgb":
+        return _dota(root / "DOTA_800pix" / split, ("images",), sensor, classes)
+    if sensor == "ir":
+        return _dota(root / "DroneVehicle" / f"dota_{split}", ("images", "png_images"), sensor, classes)
+    raise LabelError(f"sensor {sensor!r} has no folder in SOI-Det; expected sar, rgb or ir")
+
+
+def _coco(folder: Path, split: str, classes: Sequence[str]) -> list[Record]:
+    path = folder / "Annotations" / f"after_merge_{split}.json"
+    if not path.is_file():
+        raise LabelError(f"{path} is missing; expected the COCO annotations of the {split} split there")
+    document = json.loads(path.read_text())
+    names = {c["id"]: c["name"] for c in document["categories"]}
+    found: dict[int, tuple[list[list[float]], list[int]]] = {im["id"]: ([], []) for im in document["images"]}
+    for item in document["annotations"]:
+        x, y, w, h = item["bbox"]
+        if item.get("iscrowd") or item.get("ignore") or w < 1 or h < 1:
+            continue
+        boxes, labels = found[item["image_id"]]
+        boxes.append([x, y, x + w, y + h])
+        labels.append(_index(names[item["category_id"]], classes, path))
+    records = []
+    for image in sorted(document["images"], key=lambda im: im["file_name"]):
+        boxes, labels = found[image["id"]]
+        file = _existing(folder / "JPEGImages" / image["file_name"], path)
+        records.append(
+            Record("sar", file, from_xyxy(np.array(boxes).reshape(-1, 4)), np.array(labels, np.int64))
+        )
+    return records
+
+
+def _dota(folder: Path, images: Sequence[str], sensor: str, classes: Sequence[str]) -> list[Record]:
+    annotations = folder / "annfiles"
+    if not annotations.is_dir():
+        raise LabelError(f"{annotations} is missing; expected a folder of DOTA text files there")
+    by_stem = {p.stem: p for name in images for p in (folder / name).glob("*")}
+    records = []
+    for path in sorted(annotations.glob("*.txt")):
+        if path.stem not in by_stem:
+            raise LabelError(f"{path} has no image; expected {path.stem}.png or .jpg in {folder / images[0]}")
+        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        quads = np.array([[float(v) for v in row[:8]] for row in rows]).reshape(-1, 4, 2)
+        labels = np.array([_index(row[8], classes, path) for row in rows], np.int64)
+        boxes = from_corners(quads)
+        thick = boxes[:, 2:4].min(1, initial=np.inf) >= 2
+        records.append(Record(sensor, by_stem[path.stem], boxes[thick], labels[thick]))
+    return records
+
+
+def _index(name: str, classes: Sequence[str], path: Path) -> int:
+    try:
+        return list(classes).index(name)
+    except ValueError:
+        raise LabelError(f"{path} has class {name!r}; expected one of {', '.join(classes)}") from None
+
+
+def _existing(path: Path, source: Path) -> Path:
+    if path.is_file():
+        return path
+    other = path.with_suffix(".png" if path.suffix == ".jpg" else ".jpg")
+    if other.is_file():
+        return other
+    raise LabelError(f"{path} is missing; {source} names it")
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """SHA-256 of the records' image bytes and boxes: which data some weights were trained on."""
+    digest = hashlib.sha256()
+    for r in records:
+        digest.update(r.path.read_bytes())
+        digest.update(r.boxes.tobytes() + r.labels.tobytes())
+    return digest.hexdigest()

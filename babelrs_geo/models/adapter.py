@@ -1,0 +1,375 @@
+"""ViT-Adapter backbone: a vision transformer and a convolutional pyramid that exchange features (BabelRS section 3).
+
+Legend: B images of H x W pixels, D channels, h = H/16, w = W/16 the transformer's grid, heads M, points P.
+`x` are transformer tokens (B, h*w, D); `c` are pyramid tokens (B, 4hw + hw + hw/4, D) of strides 8, 16 and 32,
+concatenated in that order. Output: four maps (B, D, H/s, W/s) for s = 4, 8, 16, 32.
+
+The same classes make the paper's backbone (`PriorKind` "convolutional", D = 1024, 24 blocks) and the compact one,
+whose pyramid starts from an ImageNet EfficientNet-Lite0 instead. The deformable attention keeps the behaviour of the
+implementation the published weights were trained with: its residual is the normalised query.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+from babelrs_geo.models.vit import Block, PatchEmbeddings, ViTConfig
+
+PriorKind = Literal["convolutional", "efficientnet_lite0"]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Size of the backbone. Defaults are the paper's."""
+
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    stages: tuple[int, ...] = (3, 6, 9, 6)
+    """Transformer blocks in each interaction; their sum is the depth."""
+    heads: int = 16
+    points: int = 4
+    ffn_ratio: float = 0.25
+    gamma: float = 0.1
+    """Initial gain of what the pyramid injects into the transformer."""
+    dropout: float = 0.1
+    prior: PriorKind = "convolutional"
+    prior_width: int = 64
+    extra_extractors: int = 2
+    deform_ratio: float = 1.0
+    """Width of the deformable attention's values relative to D."""
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W); statistics in float32, result in the input's type."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.permute(0, 2, 3, 1)  # free for channels-last maps
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(rows, self.normalized_shape, weight, bias, self.eps).permute(0, 3, 1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Deformable DETR, eq. 3), always in float32.
+
+    Every query looks at P points around its own place on each level of the values, at learned offsets.
+    """
+
+    def __init__(self, dim: int, heads: int, points: int, levels: int, ratio: float = 1.0) -> None:
+        super().__init__()
+        self.heads, self.points, self.levels = heads, points, levels
+        inner = int(dim * ratio)
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, inner)
+        self.output_proj = nn.Linear(inner, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Offsets start as a star of unit directions, one a head, growing with the point's index."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        star = torch.stack([angle.cos(), angle.sin()], -1)
+        star = star / star.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
+        bias = star.view(self.heads, 1, 1, 2).expand(-1, self.levels, self.points, -1) * steps
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(bias.flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, query: Tensor, places: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Query (B, Q, D), places (Q, 2) as x, y in [0, 1], value (B, S, D) over levels of `shapes` (h, w)."""
+        with torch.autocast(query.device.type, enabled=False):
+            return self._attend(query.float(), places, value.float(), shapes)
+
+    def _attend(
+        self, query: Tensor, places: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        b, q, _ = query.shape
+        m, p = self.heads, self.points
+        v = self.value_proj(value)
+        depth = v.shape[-1] // m
+        v = v.view(b, -1, m, depth).transpose(1, 2)  # (B, M, S, depth)
+        offsets = self.sampling_offsets(query).view(b, q, m, self.levels, p, 2)
+        weights = self.attention_weights(query).view(b, q, m, self.levels * p).softmax(-1)
+        weights = weights.view(b, q, m, self.levels, p)
+        out = query.new_zeros(b, m, depth, q)
+        start = 0
+        for level, (h, w) in enumerate(shapes):
+            maps = v[:, :, start : start + h * w].transpose(2, 3).reshape(b * m, depth, h, w)
+            start += h * w
+            size = query.new_tensor([w, h])
+            at = places.view(1, q, 1, 1, 2) + offsets[:, :, :, level] / size  # (B, Q, M, P, 2) in [0, 1]
+            grid = (2 * at - 1).transpose(1, 2).reshape(b * m, q, p, 2)
+            seen = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            share = weights[:, :, :, level].transpose(1, 2).reshape(b * m, 1, q, p)
+            out = out + (seen * share).sum(-1).view(b, m, depth, q)
+        return self.output_proj(out.permute(0, 3, 1, 2).reshape(b, q, m * depth))
+
+
+class DepthwiseOnPyramid(nn.Module):
+    """Depthwise 3x3 convolution on each of the three maps inside `c`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, c: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        out = []
+        for part, (h, w) in zip(c.split([h * w for h, w in shapes], dim=1), shapes, strict=True):
+            maps = part.transpose(1, 2).reshape(part.shape[0], -1, h, w)
+            out.append(self.dwconv(maps).flatten(2).transpose(1, 2))
+        return torch.cat(out, dim=1)
+
+
+class ConvFFN(nn.Module):
+    """Linear, depthwise convolution, GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = DepthwiseOnPyramid(hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, c: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        return self.fc2(F.gelu(self.dwconv(self.fc1(c), shapes)))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Places of tokens for one input size: level shapes (h, w) and token centres (n, 2) as x, y in [0, 1]."""
+
+    pyramid: tuple[tuple[int, int], ...]
+    grid: tuple[int, int]
+    pyramid_places: Tensor
+    grid_places: Tensor
+
+    @classmethod
+    def of(cls, height: int, width: int, like: Tensor) -> Geometry:
+        """Geometry of an image of `height` x `width` pixels, both multiples of 32."""
+        pyramid = tuple((height // s, width // s) for s in (8, 16, 32))
+        places = [_centres(h, w, like) for h, w in pyramid]
+        return cls(pyramid, pyramid[1], torch.cat(places), places[1])
+
+
+def _centres(h: int, w: int, like: Tensor) -> Tensor:
+    y = (torch.arange(h, device=like.device, dtype=torch.float32) + 0.5) / h
+    x = (torch.arange(w, device=like.device, dtype=torch.float32) + 0.5) / w
+    yy, xx = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([xx.flatten(), yy.flatten()], -1)
+
+
+class Injector(nn.Module):
+    """Pyramid into transformer: x + gamma * attention(x over c)."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        dim = config.vit.dim
+        self.query_norm = nn.LayerNorm(dim)
+        self.feat_norm = nn.LayerNorm(dim)
+        self.attn = DeformableAttention(dim, config.heads, config.points, 3, config.deform_ratio)
+        self.gamma = nn.Parameter(torch.full((dim,), config.gamma))
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, c: Tensor, at: Geometry) -> Tensor:
+        seen = self.attn(self.query_norm(x), at.grid_places, self.feat_norm(c), at.pyramid)
+        return x + self.gamma * self.drop(seen)
+
+
+class Extractor(nn.Module):
+    """Transformer into pyramid. The residual is the normalised query, as in the published weights' training."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        dim = config.vit.dim
+        self.query_norm = nn.LayerNorm(dim)
+        self.feat_norm = nn.LayerNorm(dim)
+        self.attn = DeformableAttention(dim, config.heads, config.points, 1, config.deform_ratio)
+        self.drop = nn.Dropout(config.dropout)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn = ConvFFN(dim, int(dim * config.ffn_ratio))
+
+    def forward(self, c: Tensor, x: Tensor, at: Geometry) -> Tensor:
+        query = self.query_norm(c)
+        c = query + self.drop(self.attn(query, at.pyramid_places, self.feat_norm(x), [at.grid]))
+        return c + self.ffn(self.ffn_norm(c), at.pyramid)
+
+
+class Interaction(nn.Module):
+    """Inject, run some transformer blocks, extract."""
+
+    def __init__(self, config: AdapterConfig, extra: int) -> None:
+        super().__init__()
+        self.injector = Injector(config)
+        self.extractor = Extractor(config)
+        self.extra_extractors = nn.ModuleList(Extractor(config) for _ in range(extra))
+
+    def forward(
+        self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], at: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        x = self.injector(x, c, at)
+        for block in blocks:
+            x = block(x)
+        c = self.extractor(c, x, at)
+        for extractor in self.extra_extractors:
+            c = extractor(c, x, at)
+        return x, c
+
+
+class ConvolutionalPrior(nn.Module):
+    """The paper's spatial prior: a small convolutional pyramid at strides 4, 8, 16 and 32, each brought to D."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        k, dim = config.prior_width, config.vit.dim
+
+        def unit(cin: int, cout: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), ChannelNorm(cout), nn.ReLU()]
+
+        self.stem = nn.Sequential(*unit(3, k, 2), *unit(k, k, 1), *unit(k, k, 1), nn.MaxPool2d(3, 2, 1))
+        self.conv2 = nn.Sequential(*unit(k, 2 * k, 2))
+        self.conv3 = nn.Sequential(*unit(2 * k, 4 * k, 2))
+        self.conv4 = nn.Sequential(*unit(4 * k, 4 * k, 2))
+        for i, channels in enumerate((k, 2 * k, 4 * k, 4 * k), start=1):
+            setattr(self, f"fc{i}", nn.Conv2d(channels, dim, 1))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c1 = self.stem(image)
+        c2 = self.conv2(c1)
+        c3 = self.conv3(c2)
+        return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(self.conv4(c3))
+
+
+def fold_batch_norm(trunk: nn.Module) -> nn.Module:
+    """Replace each convolution and the batch norm after it by one convolution with a bias, in place.
+
+    Detector batches are too small for batch statistics, so the norms would stay fixed anyway; folded they cost nothing.
+    """
+    for parent in list(trunk.modules()):
+        children = list(parent.named_children())
+        for (_, conv), (name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight,
+                    conv.bias,
+                    norm.running_mean,
+                    norm.running_var,
+                    norm.eps,
+                    norm.weight,
+                    norm.bias,
+                )
+                setattr(parent, name, getattr(norm, "act", nn.Identity()))
+    return trunk
+
+
+class EfficientNetPrior(nn.Module):
+    """Spatial prior of the compact detector: timm's `tf_efficientnet_lite0` with its batch norms folded.
+
+    Runs outside autocast: its depthwise convolutions are bound by memory and slower in bf16 on CPUs (measured).
+    """
+
+    channels = (24, 40, 112, 320)
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        import timm
+
+        trunk = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4))
+        self.trunk = fold_batch_norm(trunk)
+        for i, channels in enumerate(self.channels, start=1):
+            setattr(self, f"fc{i}", nn.Conv2d(channels, config.vit.dim, 1))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.autocast(image.device.type, enabled=False):
+            c1, c2, c3, c4 = self.trunk(image.float())
+        return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
+
+
+class ViTAdapter(nn.Module):
+    """The backbone: image (B, 3, H, W), H and W multiples of 32, to four maps of D channels."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        if sum(config.stages) != config.vit.depth:
+            raise ValueError(f"stages {config.stages} must add up to the depth, {config.vit.depth}")
+        dim = config.vit.dim
+        self.config = config
+        self.embeddings = PatchEmbeddings(config.vit)
+        self.layers = nn.ModuleList(Block(config.vit) for _ in range(config.vit.depth))
+        self.spm = (
+            EfficientNetPrior(config) if config.prior == "efficientnet_lite0" else ConvolutionalPrior(config)
+        )
+        self.level_embed = nn.Parameter(torch.randn(3, dim))
+        last = len(config.stages) - 1
+        self.interactions = nn.ModuleList(
+            Interaction(config, config.extra_extractors if i == last else 0)
+            for i in range(len(config.stages))
+        )
+        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
+        for i in range(1, 5):
+            setattr(self, f"norm{i}", ChannelNorm(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise what the adapter adds; the transformer's blocks and an ImageNet prior keep their own start."""
+        parts: list[nn.Module] = [self.interactions, self.up]
+        parts += (
+            [self.spm]
+            if self.config.prior == "convolutional"
+            else [m for n, m in self.spm.named_children() if n != "trunk"]
+        )
+        for part in parts:
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
+                elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                    fan_out = (
+                        module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+                    )
+                    nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+            for module in part.modules():
+                if isinstance(module, DeformableAttention):
+                    module.reset_parameters()
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        at = Geometry.of(image.shape[2], image.shape[3], image)
+        c1, *pyramid = self.spm(image)
+        levels = self.level_embed.unsqueeze(1)  # (3, 1, D)
+        c = torch.cat([m.flatten(2).transpose(1, 2) + e for m, e in zip(pyramid, levels, strict=True)], dim=1)
+        x = self.embeddings(image)
+        start = 0
+        for interaction, count in zip(self.interactions, self.config.stages, strict=True):
+            x, c = interaction(x, c, self.layers[start : start + count], at)
+            start += count
+        return self._maps(c1, c, x, at)
+
+    def _maps(self, c1: Tensor, c: Tensor, x: Tensor, at: Geometry) -> list[Tensor]:
+        """Add the transformer's map, resized, to each level of the pyramid and normalise."""
+        parts = c.split([h * w for h, w in at.pyramid], dim=1)
+        c2, c3, c4 = (t.transpose(1, 2).unflatten(2, s) for t, s in zip(parts, at.pyramid, strict=True))
+        tokens = x.to(c1.dtype).transpose(1, 2).unflatten(2, at.grid)
+        pyramid = (self.up(c2) + c1, c2, c3, c4)
+        out = []
+        for i, (level, scale) in enumerate(zip(pyramid, (4.0, 2.0, 1.0, 0.5), strict=True), start=1):
+            resized = tokens if scale == 1 else F.interpolate(tokens, scale_factor=scale, mode="bilinear")
+            out.append(getattr(self, f"norm{i}")(level + resized))
+        return out

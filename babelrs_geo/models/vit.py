@@ -1,0 +1,111 @@
+"""The plain vision transformer under the adapter: InternViT's pre-norm blocks, without class token or final norm.
+
+Shapes: B images, N tokens (row-major over the patch grid), D channels. Reference: BabelRS, arXiv 2603.01758; the
+block is InternViT's (LayerNorm eps 1e-6, layer scale, fused q, k, v, exact GELU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Size of the transformer. Defaults are the paper's InternViT-300M at 800 px."""
+
+    image_size: int = 800
+    """Side in pixels for which position embeddings are stored; other sizes interpolate them."""
+    patch: int = 16
+    dim: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    layer_scale: float = 0.1
+    """Initial value of the per-channel gain on each residual branch."""
+
+
+SMALL_MAP = 2**24
+"""Up to this many attention weights an image (heads * N * N) the explicit form is used on CPUs: 1.8 times faster
+forward and 4 times backward than torch's fused kernel in bf16 (2 cores, 576 tokens), at the memory of the weights."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (B, heads, N, d) tensors."""
+    if q.device.type == "cpu" and q.shape[1] * q.shape[2] ** 2 <= SMALL_MAP:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = attention(q, k, v)  # (B, heads, N, D / heads)
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, d))
+
+
+class MLP(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + ls1 * attention(norm1(x)), then x + ls2 * mlp(norm2(x))."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config.dim, config.heads)
+        self.ls1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = MLP(config.dim, int(config.dim * config.mlp_ratio))
+        self.ls2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1 * self.attn(self.norm1(x))
+        return x + self.ls2 * self.mlp(self.norm2(x))
+
+
+class PatchEmbeddings(nn.Module):
+    """Image (B, 3, H, W) to tokens (B, H/patch * W/patch, D) with learned positions.
+
+    Slot 0 of the position table belongs to the class token of pretraining and is unused here.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.grid = config.image_size // config.patch
+        self.patch_embedding = nn.Conv2d(3, config.dim, config.patch, config.patch)
+        self.position_embedding = nn.Parameter(torch.randn(1, self.grid**2 + 1, config.dim) * 0.02)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings (1, height * width, D), bicubically interpolated where the grid is another."""
+        stored = self.position_embedding[:, 1:]
+        if (height, width) == (self.grid, self.grid):
+            return stored
+        maps = stored.reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2).float()
+        maps = F.interpolate(maps, size=(height, width), mode="bicubic", align_corners=False)
+        return maps.flatten(2).transpose(1, 2).to(stored.dtype)
+
+    def forward(self, image: Tensor) -> Tensor:
+        maps = self.patch_embedding(image)
+        return maps.flatten(2).transpose(1, 2) + self.positions(*maps.shape[2:])
