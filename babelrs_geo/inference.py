@@ -236,7 +236,7 @@ def seconds_per_tile(scene: Scene, detector: Detector, grid: Grid, scale: float,
     size = _input_size(grid)
     middle = grid[len(grid) // 2]
     before = perf_counter()
-    pixels = scene.read(tuple(middle.outer), scale)
+    pixels = scene.read(middle.outer, scale)
     reading = perf_counter() - before
     images = _batch([_Read(middle, pixels)] * batch, size, batch).images
     detector(images)
@@ -266,7 +266,7 @@ def _read_ahead(
 
     def read(tile: Tile) -> _Read:
         try:
-            return _Read(tile, scene.read(tuple(tile.outer), scale))
+            return _Read(tile, scene.read(tile.outer, scale))
         except (
             OSError
         ) as error:  # SceneError and rasterio's own are both OSError: this tile is lost, not the run

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import rasterio
+from conftest import NORTH_UP, UTM, Raster, write_raster
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rasterio import features
-from rasterio.errors import NotGeoreferencedWarning
-from rasterio.transform import from_origin
 
 from babelrs_geo.detections import Detections
 
-UTM = "EPSG:32611"
-LEFT, TOP, PIXEL = 380_000.0, 3_735_000.0, 10.0  # off Los Angeles
+LEFT, TOP, PIXEL = NORTH_UP.c, NORTH_UP.f, NORTH_UP.a
 
 SHIPS = np.array([[10, 12, 9, 5], [40, 20, 6, 12], [70, 66, 14, 6], [30, 80, 7, 7]])  # x, y, width, height
 
@@ -34,28 +32,33 @@ def canvas(
     return image
 
 
-def write_scene(
-    path: Path, image: NDArray[np.generic], nodata: float | None = None, *, crs: str | None = UTM
-) -> Path:
-    """A GeoTIFF of one band (y, x) or several (band, y, x), 10 m pixels unless `crs` is None."""
-    bands = image[None] if image.ndim == 2 else image
-    place = {} if crs is None else {"crs": crs, "transform": from_origin(LEFT, TOP, PIXEL, PIXEL)}
-    count, height, width = bands.shape
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(
-            path,
-            "w",
-            driver="GTiff",
-            count=count,
-            height=height,
-            width=width,
-            dtype=bands.dtype,
-            nodata=nodata,
-            **place,
-        ) as file:
-            file.write(bands)
-    return path
+def write_scene(path: Path, image: NDArray[np.generic], nodata: float | None = None, **more: Any) -> Path:
+    """A GeoTIFF of one band (y, x) or several (band, y, x); 10 m pixels unless `crs` is None or `gcps` are
+    given.
+    """
+    if more.get("crs", UTM) is None:
+        more["transform"] = None
+    return write_raster(path.with_suffix(""), Raster(image, nodata=nodata, **more))
+
+
+@st.composite
+def pictures(draw: st.DrawFn) -> tuple[int, int, int, int, list[tuple[int, int, int, int]]]:
+    """A scene's size, a tile size, an overlap, and rectangles no larger than the overlap, two pixels apart or
+    more.
+    """
+    width, height = draw(st.integers(1, 110)), draw(st.integers(1, 110))
+    tile = draw(st.integers(12, 64))
+    overlap = draw(st.integers(4, tile * 2 // 3))
+    taken = np.zeros((height, width), bool)
+    ships = []
+    for _ in range(draw(st.integers(0, 8))):
+        w, h = (draw(st.integers(1, min(side, overlap))) for side in (width, height))
+        x, y = draw(st.integers(0, width - w)), draw(st.integers(0, height - h))
+        around = np.s_[max(0, y - 2) : y + h + 2, max(0, x - 2) : x + w + 2]
+        if not taken[around].any():
+            taken[y : y + h, x : x + w] = True
+            ships.append((x, y, w, h))
+    return width, height, tile, overlap, ships
 
 
 def as_boxes(rectangles: Sequence[Sequence[int]]) -> NDArray[np.float64]:

@@ -84,7 +84,7 @@ REFUSED = {
     "weights lack the sensor": (("good.tif", "--sensor", "ir"), ("ir", "sar, rgb")),
     "unknown class": (("good.tif", *SAR, "--classes", "shp"), ('"shp"', "ship")),
     "no class": (("good.tif", *SAR, "--classes", ","), ("classes",)),
-    "overlap as large as the tile": (("good.tif", *SAR, "--tile", "64", "--overlap", "64"), ("overlap", "64")),
+    "overlap as large as the tile": (("good.tif", *SAR, "--tile", "64", "--overlap", "64"), ("overlap",)),
     "no tile": (("good.tif", *SAR, "--tile", "0"), ("tile",)),
     "score out of range": (("good.tif", *SAR, "--score", "40"), ("score", "40")),
     "gsd of nothing": (("good.tif", *SAR, "--gsd", "-1"), ("gsd", "-1")),
@@ -176,7 +176,8 @@ def test_a_file_that_ends_early_is_served_as_far_as_it_goes_and_the_rest_is_told
     image[20:30, 20:40] = 200
     with rasterio.open(
         "early.tif", "w", driver="GTiff", count=1, height=256, width=256, dtype="uint8", crs="EPSG:32611",
-        transform=rasterio.transform.from_origin(380_000, 3_735_000, 10, 10), tiled=True, blockxsize=64, blockysize=64,
+        transform=rasterio.transform.from_origin(380_000, 3_735_000, 10, 10), tiled=True, blockxsize=64,
+        blockysize=64,
     ) as file:  # fmt: skip
         file.write(image, 1)
     whole = Path("early.tif").read_bytes()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simple_scenes import SHIPS, bright_detector, canvas, rectangles_of
+from simple_scenes import SHIPS, bright_detector, canvas, pictures, rectangles_of
 
 from babelrs_geo import inference
 from babelrs_geo.detections import Detections
@@ -69,26 +69,6 @@ def grid_of(scene, tile=48, overlap=16, scale=1.0):
 
 def nothing(images):
     return [Detections.empty(("ship",), False) for _ in images]
-
-
-@st.composite
-def pictures(draw):
-    """A scene's size, a tile size, an overlap, and rectangles no larger than the overlap, two pixels or more
-    apart.
-    """
-    width, height = draw(st.integers(1, 110)), draw(st.integers(1, 110))
-    tile = draw(st.integers(12, 64))
-    overlap = draw(st.integers(4, tile - 4))
-    taken = np.zeros((height, width), bool)
-    ships = []
-    for _ in range(draw(st.integers(0, 8))):
-        w, h = (draw(st.integers(1, min(side, overlap))) for side in (width, height))
-        x, y = draw(st.integers(0, width - w)), draw(st.integers(0, height - h))
-        around = np.s_[max(0, y - 2) : y + h + 2, max(0, x - 2) : x + w + 2]
-        if not taken[around].any():
-            taken[y : y + h, x : x + w] = True
-            ships.append((x, y, w, h))
-    return width, height, tile, overlap, ships
 
 
 @settings(max_examples=60, deadline=None)

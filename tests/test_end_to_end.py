@@ -1,0 +1,187 @@
+"""The whole road on real files: GeoTIFF in, GeoPackage out, and the laws that hold between the two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+import pyproj
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rasterio.control import GroundControlPoint
+from rasterio.transform import Affine
+from simple_scenes import (
+    SHIPS,
+    BrightWeights,
+    as_boxes,
+    bright_detector,
+    canvas,
+    pictures,
+    rectangles_of,
+    write_scene,
+)
+
+import babelrs_geo as bg
+from babelrs_geo import inference, qgis
+from babelrs_geo.tiling import Grid
+
+TESTS = Path(__file__).parent
+PACKAGE = Path(bg.__file__).parent
+SMALL = bg.DetectOptions(tile=48, overlap=16)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pictures(),
+    st.sampled_from([{}, {"tiled": True, "blockxsize": 16, "blockysize": 16}, {"compress": "deflate"}]),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
+def test_every_object_in_a_file_is_reported_exactly_once(tmp_path_factory, picture, creation, batch, readers):
+    width, height, tile, overlap, ships = picture
+    path = tmp_path_factory.mktemp("scenes") / "scene.tif"
+    write_scene(path, canvas(width, height, ships), creation=creation)
+    options = inference.InferenceOptions(batch=batch, readers=readers)
+    with bg.open_scene(path, "sar") as scene:
+        grid = Grid(width, height, tile, overlap)
+        found, coverage = inference.run(scene, bright_detector, grid, options=options)
+    assert rectangles_of(found) == sorted(tuple(map(float, ship)) for ship in ships)
+    assert coverage.looked_at == len(grid)
+
+
+def test_content_does_not_depend_on_readers_and_rows_not_on_the_batch(tmp_path):
+    rng = np.random.default_rng(3)
+    image = np.where(rng.random((200, 260)) < 0.1, 200, 20).astype(
+        np.uint8
+    )  # hundreds of patches, many on seams
+    path = write_scene(
+        tmp_path / "noise.tif", image, creation={"tiled": True, "blockxsize": 64, "blockysize": 64}
+    )
+    grid = Grid(260, 200, 64, 24)
+    results = []
+    for readers, batch in ((1, 3), (4, 3), (2, 1), (1, 7)):
+        with bg.open_scene(path, "sar") as scene:
+            options = inference.InferenceOptions(batch=batch, readers=readers)
+            results.append(inference.run(scene, bright_detector, grid, options=options))
+    first, ground = results[0]
+    assert len(first) > 100
+    for found, coverage in results[1:]:
+        np.testing.assert_array_equal(found.boxes, first.boxes)
+        np.testing.assert_array_equal(found.scores, first.scores)
+        assert coverage.states == ground.states
+
+
+def test_the_coverage_layer_shows_all_of_the_ground_and_how_it_was_looked_at(tmp_path):
+    image = canvas(200, 160, [(150, 100, 10, 10)])
+    image[:, :70] = 0
+    path = write_scene(tmp_path / "half.tif", image, nodata=0)
+    with bg.open_scene(path, "sar") as scene:
+        found = bg.detect(scene, BrightWeights(), SMALL)
+        output = found.save(tmp_path / "half.gpkg")
+        grid = Grid(200, 160, 48, 16)
+        invalid = [t for t in grid if not scene.valid(t.outer).any()]
+    ground = gpd.read_file(output, layer="coverage")
+    assert set(ground["state"]) == {"detected", "empty", "invalid"} <= set(inference.STATES)
+    assert ground["tiles"].sum() == len(grid) == sum(found.provenance["tiles"].values())
+    assert ground.geometry.area.sum() == pytest.approx(200 * 160 * 100)  # a partition: no overlap, no gap
+    assert ground.union_all().area == pytest.approx(200 * 160 * 100)
+    area = ground.set_index("state").geometry.area
+    assert area["invalid"] == pytest.approx(100 * sum(t.inner.width * t.inner.height for t in invalid))
+
+
+def test_inference_and_styles_name_the_same_states():
+    assert set(inference.STATES) == set(qgis.STATES)
+
+
+def lonlat_on_a_slant(px, py):
+    """A known place for every pixel: south-east India seen on a slant, slightly curved."""
+    u, v = np.asarray(px) / 100, np.asarray(py) / 100
+    return 78.0 + 0.02 * u - 0.004 * v + 1e-4 * u * v, 10.0 - 0.003 * u - 0.02 * v + 1e-4 * u**2
+
+
+def test_boxes_of_a_scene_with_control_points_lie_where_the_points_say(tmp_path):
+    knots = [(px, py) for px in np.linspace(0, 100, 11) for py in np.linspace(0, 100, 11)]
+    points = [GroundControlPoint(py, px, *lonlat_on_a_slant(px, py)) for px, py in knots]
+    path = write_scene(tmp_path / "swath.tif", canvas(100, 100, SHIPS), crs="EPSG:4326", gcps=points)
+    with bg.open_scene(path, "sar") as scene:
+        found = bg.detect(scene, BrightWeights(), SMALL)
+    features = found.features
+    assert features.crs == "EPSG:4326" and len(features) == len(SHIPS)
+    geod = pyproj.Geod(ellps="WGS84")
+    lon, lat = lonlat_on_a_slant(features.px_x, features.px_y)
+    _, _, off = geod.inv(features.lon, features.lat, lon, lat)
+    assert np.max(off) < 0.05 * scene.gsd
+    centres = (
+        features.geometry.centroid if features.crs is None else features.geometry.map(lambda g: g.centroid)
+    )
+    _, _, off = geod.inv([c.x for c in centres], [c.y for c in centres], lon, lat)
+    assert np.max(off) < 0.1 * scene.gsd
+
+
+def test_boxes_of_a_rotated_scene_lie_where_its_affine_says(tmp_path):
+    turned = Affine.translation(380_000, 3_735_000) @ Affine.rotation(30) @ Affine.scale(10, -10)
+    path = write_scene(tmp_path / "turned.tif", canvas(100, 100, SHIPS), transform=turned)
+    with bg.open_scene(path, "sar") as scene:
+        features = bg.detect(scene, BrightWeights(), SMALL).features
+    expected = sorted(turned @ tuple(centre) for centre in as_boxes(SHIPS)[:, :2])
+    placed = sorted((g.centroid.x, g.centroid.y) for g in features.geometry)
+    np.testing.assert_allclose(placed, expected, atol=1e-6)
+    np.testing.assert_allclose(
+        sorted(features.geometry.area), sorted(SHIPS[:, 2:].prod(1) * 100.0), rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_numbers_of_any_type_reach_the_detector_as_pictures(tmp_path, dtype):
+    rng = np.random.default_rng(1)
+    image = rng.rayleigh(40.0, (100, 100))
+    for x, y, w, h in SHIPS:
+        image[y : y + h, x : x + w] = 3000
+    path = write_scene(tmp_path / "amplitude.tif", image.astype(dtype))
+    with bg.open_scene(path, "sar", bg.SceneOptions(units="amplitude")) as scene:
+        found = bg.detect(scene, BrightWeights(), SMALL)
+    assert rectangles_of(found.detections) == sorted(tuple(map(float, ship)) for ship in SHIPS)
+
+
+SLOW_PROGRAM = """
+import sys, time, types
+sys.path[:0] = [{tests!r}]
+from simple_scenes import BrightWeights
+class Slow(BrightWeights):
+    def detector(self, *arguments):
+        inner = super().detector(*arguments)
+        def run(images):
+            print("looking", flush=True)
+            time.sleep(.2)
+            return inner(images)
+        return run
+sys.modules["babelrs_geo.models.zoo"] = types.SimpleNamespace(load=lambda name, device: Slow())
+from babelrs_geo import cli
+cli.main()
+"""
+
+
+def test_interrupted_by_a_signal_it_ends_at_once_with_130_and_leaves_nothing(tmp_path):
+    write_scene(tmp_path / "large.tif", canvas(2000, 2000, SHIPS))
+    command = [sys.executable, "-c", SLOW_PROGRAM.format(tests=str(TESTS)), "detect", "large.tif"]
+    command += ["--sensor", "sar", "--tile", "128", "--overlap", "32", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == "looking\n"
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, told = process.communicate(timeout=60)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 130
+    assert told.split("\n")[-2] == "babelrs-geo: error: interrupted, nothing was written"
+    assert "Traceback" not in told
+    assert [path.name for path in tmp_path.iterdir()] == ["large.tif"]
