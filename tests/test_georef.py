@@ -117,7 +117,7 @@ def test_rpcs_are_the_identity_at_the_stated_height(height):
 
 
 def test_rpcs_follow_their_definition():
-    # RPC00B counts from the centre of the first pixel, we from its corner; at the offsets only the constants are left
+    # RPC00B counts from the centre of the first pixel, we from its corner; the offsets leave only constants
     georef = Georef.from_rpcs(made_up_rpc().to_gdal(), height=100.0)
     px, py = georef.to_pixel(121.0, 14.5)
     assert (float(px), float(py)) == pytest.approx((6000.0 + 0.5, 5000.0 + 0.01 * 5000.0 + 0.5), abs=1e-6)

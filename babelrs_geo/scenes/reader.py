@@ -31,10 +31,10 @@ CACHE_MB = 256
 _OPTIONS = {  # an environment variable of the same name wins
     "GDAL_CACHEMAX": CACHE_MB,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a JPEG cut short is otherwise filled with grey
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # a PNG cut short otherwise reads as noise, without an error
     "GDAL_HTTP_MAX_RETRY": 4,
     "GDAL_HTTP_RETRY_DELAY": 1,
     "GDAL_HTTP_CONNECTTIMEOUT": 30,
-    "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": "",
 }
 _SCHEMES = {  # how GDAL names what a browser or a cloud client names by URL
     "http://": "/vsicurl/http://",
@@ -98,7 +98,7 @@ def _exists(text: str) -> bool:
 @contextmanager
 def gdal() -> Iterator[None]:
     """GDAL as this library configures it, for as long as the block lasts, in this thread."""
-    options: dict[str, Any] = {k: v for k, v in _OPTIONS.items() if k not in os.environ and v != ""}
+    options: dict[str, Any] = {k: v for k, v in _OPTIONS.items() if k not in os.environ}
     with rasterio.Env(session=DummySession(), **options):
         yield
 
