@@ -99,7 +99,8 @@ def imported(folder: str) -> set[str]:
                 found.add((node.module or "").split(".")[0])
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
                 found.add(ast.literal_eval(node.args[0]).split(".")[0])
-    ours = {"babelrs_geo", *(path.stem for path in (ROOT / folder).rglob("*"))}
+    beside = ("tests", "benchmarks", "examples", "pipelines")  # scripts and tests import one another by name
+    ours = {"babelrs_geo", *(path.stem for each in beside for path in (ROOT / each).rglob("*"))}
     return found - set(sys.stdlib_module_names) - ours
 
 
