@@ -257,13 +257,7 @@ def overlap(p, i, q, j, work):  # type: ignore[no-untyped-def]
         work[0, k] = x + along * c + side * s
         work[1, k] = y - along * s + side * c
     n = _cut_upright(work, 4, wa, ha)
-    twice = 0.0
-    for k in range(1, n - 1):
-        twice += (work[0, k] - work[0, 0]) * (work[1, k + 1] - work[1, 0]) - (work[1, k] - work[1, 0]) * (
-            work[0, k + 1] - work[0, 0]
-        )
-    # the corners run clockwise on the screen, which is a positive turn where y points down
-    return min(max(twice / 2, 0.0), 4 * wa * ha, 4 * wb * hb)
+    return min(_area(work, n), 4 * wa * ha, 4 * wb * hb)
 
 
 @compiled
@@ -324,48 +318,111 @@ def intersection_pairs(a: ArrayLike, b: ArrayLike) -> Floats:
 
 
 @compiled
-def _visible(corner, x, y, half_w, half_h, points, counts):  # type: ignore[no-untyped-def]
+def _visible(p, extents, points, counts):  # type: ignore[no-untyped-def]
     work = np.empty((4, 16))
-    for i in range(len(corner)):
-        for k in range(4):
-            work[0, k] = corner[i, k, 0] - x
-            work[1, k] = corner[i, k, 1] - y
-        n = _cut_upright(work, 4, half_w, half_h)
+    for i in range(len(p)):
+        x, y = (extents[i, 0] + extents[i, 2]) / 2, (extents[i, 1] + extents[i, 3]) / 2
+        _place(p, i, x, y, work)
+        n = _cut_upright(work, 4, (extents[i, 2] - extents[i, 0]) / 2, (extents[i, 3] - extents[i, 1]) / 2)
         counts[i] = n
         for k in range(8):
             # the last vertex fills the rest, so that every row has eight
-            m = min(k, max(n - 1, 0))
-            points[i, k, 0] = work[0, m] if n else 0.0
-            points[i, k, 1] = work[1, m] if n else 0.0
+            m = min(k, n - 1)
+            points[i, k, 0] = x + work[0, m] if n else p[i, _CX]
+            points[i, k, 1] = y + work[1, m] if n else p[i, _CY]
 
 
-def clip(boxes: ArrayLike, extent: tuple[float, float, float, float]) -> Floats:
-    """What can be seen of boxes (N, 5) inside `extent` (x1, y1, x2, y2), as minimum-area rectangles (N, 5).
+@compiled
+def _place(p, i, x, y, work):  # type: ignore[no-untyped-def]
+    """The corners of p[i], seen from (x, y), into work[:2, :4]."""
+    for k in range(4):
+        along = (1.0 if k == 1 or k == 2 else -1.0) * p[i, _W] / 2
+        side = (1.0 if k >= 2 else -1.0) * p[i, _H] / 2
+        work[0, k] = p[i, _CX] - x + along * p[i, _COS] + side * p[i, _SIN]
+        work[1, k] = p[i, _CY] - y - along * p[i, _SIN] + side * p[i, _COS]
 
-    Boxes that lie inside come back as they are, horizontal ones stay horizontal, and those outside become
-    empty (w = h = 0) at their centre.
+
+@compiled
+def _area(work, n):  # type: ignore[no-untyped-def]
+    """Area of the polygon in work[:2, :n]; its corners run clockwise on the screen."""
+    twice = 0.0
+    for k in range(1, n - 1):
+        twice += (work[0, k] - work[0, 0]) * (work[1, k + 1] - work[1, 0])
+        twice -= (work[1, k] - work[1, 0]) * (work[0, k + 1] - work[0, 0])
+    return max(twice / 2, 0.0)
+
+
+@compiled
+def _within(p, q, extents, out):  # type: ignore[no-untyped-def]
+    work = np.empty((4, 16))
+    for i in range(len(p)):
+        x, y = (extents[i, 0] + extents[i, 2]) / 2, (extents[i, 1] + extents[i, 3]) / 2
+        half_w, half_h = (extents[i, 2] - extents[i, 0]) / 2, (extents[i, 3] - extents[i, 1]) / 2
+        out[i] = 0.0
+        if half_w <= 0.0 or half_h <= 0.0:
+            continue
+        _place(q, i, x, y, work)
+        out[i, 1] = _area(work, _cut_upright(work, 4, half_w, half_h))
+        _place(p, i, x, y, work)
+        n = _cut_upright(work, 4, half_w, half_h)
+        out[i, 0] = _area(work, n)
+        # what is left of p, in the frame of q
+        c, s = q[i, _COS], q[i, _SIN]
+        for k in range(n):
+            dx, dy = work[0, k] + x - q[i, _CX], work[1, k] + y - q[i, _CY]
+            work[0, k] = dx * c - dy * s
+            work[1, k] = dx * s + dy * c
+        out[i, 2] = _area(work, _cut_upright(work, n, q[i, _W] / 2, q[i, _H] / 2))
+
+
+def areas_within(a: ArrayLike, b: ArrayLike, extents: ArrayLike) -> Floats:
+    """Areas (N, 3) inside extents[i] (x1, y1, x2, y2): of a[i], of b[i], and of what both share."""
+    p, q, e = prepare(a), prepare(b), _rows(extents, 4)
+    if not len(p) == len(q) == len(e):
+        raise ParameterError(
+            f"{len(p)}, {len(q)} boxes and {len(e)} extents do not pair up; give as many of each"
+        )
+    out = np.empty((len(p), 3))
+    _within(p, q, e, out)
+    return out
+
+
+def outlines(boxes: ArrayLike, extents: ArrayLike) -> Floats:
+    """What can be seen of boxes (N, 5) inside extents[i] (x1, y1, x2, y2), as convex polygons (N, 8, 2).
+
+    A polygon with fewer corners repeats its last one; nothing to be seen is the box's centre, eight times.
     """
-    b = _rows(boxes).copy()
-    x1, y1, x2, y2 = extent
+    p = prepare(boxes)
+    points = np.empty((len(p), 8, 2))
+    _visible(
+        p, np.ascontiguousarray(np.broadcast_to(extents, (len(p), 4)), np.float64), points, np.empty(len(p))
+    )
+    return points
+
+
+def clip(boxes: ArrayLike, extents: ArrayLike) -> Floats:
+    """What can be seen of boxes (N, 5) inside `extents`, as minimum-area rectangles (N, 5).
+
+    `extents` is x1, y1, x2, y2 in pixels, one for all (4,) or one for each (N, 4). Boxes that lie inside come
+    back as they are, horizontal ones stay horizontal, and those outside become empty (w = h = 0) at their
+    centre.
+    """
+    given = _rows(boxes)
+    b = given.copy()
+    e = np.broadcast_to(np.asarray(extents, np.float64), (len(b), 4))
     box = bounds(b)
-    inside = (box[:, 0] >= x1) & (box[:, 1] >= y1) & (box[:, 2] <= x2) & (box[:, 3] <= y2)
+    inside = ((box[:, :2] >= e[:, :2]) & (box[:, 2:] <= e[:, 2:])).all(1)
     upright = ~inside & (np.mod(b[:, 4], 90.0) == 0.0)
-    cut = np.column_stack([np.maximum(box[:, :2], (x1, y1)), np.minimum(box[:, 2:], (x2, y2))])
-    seen = from_xyxy(cut[upright])
+    seen = from_xyxy(np.column_stack([np.maximum(box[:, :2], e[:, :2]), np.minimum(box[:, 2:], e[:, 2:])]))
     # a quarter turn swaps the sides; the angle is kept, so width stays width
-    swapped = np.mod(b[upright, 4], 180.0) != 0.0
+    swapped = np.mod(b[:, 4], 180.0) != 0.0
     seen[swapped, 2:4] = seen[swapped, 3:1:-1]
-    b[upright, :4] = seen[:, :4]
+    b[upright, :4] = seen[upright, :4]
     turned = np.flatnonzero(~inside & ~upright)
     if len(turned):
-        points, counts = np.empty((len(turned), 8, 2)), np.empty(len(turned), np.int64)
-        x, y = (x1 + x2) / 2, (y1 + y2) / 2
-        _visible(corners(b[turned]), x, y, (x2 - x1) / 2, (y2 - y1) / 2, points, counts)
-        whole = smallest_rectangles(points, tuple((k, (k + 1) % 8) for k in range(8)))
-        whole[:, :2] += (x, y)
-        whole[counts < 3, 2:4] = 0.0
-        b[turned] = whole
+        points = outlines(b[turned], e[turned])
+        b[turned] = smallest_rectangles(points, tuple((k, (k + 1) % 8) for k in range(8)))
     gone = (b[:, 2] <= 0.0) | (b[:, 3] <= 0.0)
-    b[gone, :2] = _rows(boxes)[gone, :2]
+    b[gone, :2] = given[gone, :2]
     b[gone, 2:4] = 0.0
     return b

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babelrs_geo import boxes
+from babelrs_geo.errors import ParameterError
 
 GOLDEN = Path(os.environ.get("BABELRS_GEO_SHARED", Path(__file__).parents[2] / "shared")) / "golden"
 
@@ -170,6 +171,22 @@ def test_clip_is_the_rectangle_of_what_is_seen():
         boxes.clip(flat, extent),
         [[17.5, 20, 15, 8, 0], [14.5 + 3, 20, 8, 15, 90], [50, 50, 0, 0, 0], [42.5, 20, 5, 6, 180]],
     )
+
+
+def test_areas_within_equal_shapely():
+    r = np.random.default_rng(9)
+    a, b = random_boxes(1, 300), random_boxes(2, 300)
+    low = r.uniform(0, 40, (300, 2))
+    extents = np.column_stack([low, low + r.uniform(0, 40, (300, 2))])
+    p, q, e = shapely.polygons(boxes.corners(a)), shapely.polygons(boxes.corners(b)), shapely.box(*extents.T)
+    pe, qe = shapely.intersection(p, e), shapely.intersection(q, e)
+    true = np.column_stack([shapely.area(pe), shapely.area(qe), shapely.area(shapely.intersection(pe, qe))])
+    np.testing.assert_allclose(boxes.areas_within(a, b, extents), true, atol=1e-9)
+    seen = shapely.area(shapely.polygons(boxes.outlines(a, extents)))
+    np.testing.assert_allclose(seen, true[:, 0], atol=1e-9)
+    np.testing.assert_array_equal(boxes.clip(a[:5], extents[:5])[2], boxes.clip(a[2:3], extents[2])[0])
+    with pytest.raises(ParameterError, match="do not pair up"):
+        boxes.areas_within(a, b, extents[:3])
 
 
 def test_kernels_run_where_nothing_can_be_written(tmp_path):
