@@ -4,10 +4,10 @@ QGIS reads a GeoPackage's default style from its table `layer_styles`; `vectors.
 into it, so that a result opens with its classes coloured and its scores labelled. Nothing here needs QGIS,
 and the same classes always give the same text.
 
-Colours belong to names, not to runs: a class has the same colour in every file. They were chosen to be told
-apart by people with normal sight, protanopia and deuteranopia alike (any two differ by at least 14 in CIE Lab
-after the simulation of Machado, Oliveira and Fernandes, 2009), and each outline lies on a dark casing, so
-that it holds on bright and on dark imagery.
+Colours belong to names, not to runs: a class has the same colour in every file. They are bright, on a dark
+casing, so that outlines hold on dark radar and on sunlit roofs, and were chosen to be told apart with normal
+sight, protanopia and deuteranopia alike: any two differ by at least 10 in CIE Lab under the simulations of
+Machado, Oliveira and Fernandes (2009).
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ _COLOURS = {
     "ship": "#E69F00",
     "plane": "#56B4E9",
     "aircraft": "#56B4E9",  # the radar datasets' word for a plane: one thing, one colour
-    "vehicle": "#F6FA96",
-    "car": "#D8265D",
+    "vehicle": "#F3FC6C",
+    "car": "#FC5562",
     "person": "#E1F424",
-    "bicycle": "#89EBFD",
-    "other-vehicle": "#AC5EFC",
-    "harbor": "#846306",
-    "bridge": "#7F1EE8",
-    "storage-tank": "#49AAA5",
-    "baseball-diamond": "#2E6949",
-    "tennis-court": "#ABF8DB",
-    "basketball-court": "#7A41B4",
-    "ground-track-field": "#A8A972",
-    "soccer-ball-field": "#4A947B",
-    "swimming-pool": "#5ABED0",
-    "roundabout": "#8BC9A4",
-    "helicopter": "#CA6D47",
-    "tank": "#6D5483",
-    "small-vehicle": "#BCC161",
-    "large-vehicle": "#DC751E",
-    "bus": "#F3FC6C",
-    "truck": "#B274ED",
-    "van": "#E0E0A6",
-    "freight-car": "#8A5FB1",
+    "bicycle": "#5BBFC6",
+    "other-vehicle": "#748CE4",
+    "harbor": "#B47A31",
+    "bridge": "#8176F1",
+    "storage-tank": "#8AECF3",
+    "baseball-diamond": "#85A473",
+    "tennis-court": "#C4F4C5",
+    "basketball-court": "#2F9490",
+    "ground-track-field": "#BFDD7E",
+    "soccer-ball-field": "#7FCAAF",
+    "swimming-pool": "#80D1F6",
+    "roundabout": "#BDCD95",
+    "helicopter": "#CB8000",
+    "tank": "#897FB3",
+    "small-vehicle": "#A8D64D",
+    "large-vehicle": "#EE4289",
+    "bus": "#B1B656",
+    "truck": "#E1FF9E",
+    "van": "#A8FCAE",
+    "freight-car": "#A1F8E7",
 }
 
 
@@ -100,7 +100,7 @@ def detections_style(classes: Iterable[str]) -> Style:
         _qml_detections(entries),
         _sld(
             "detections",
-            [_sld_class_rule(name, _cased_sld(name), names) for name in (*names, "")] + [_sld_label_rule()],
+            [_sld_class_rule(value, label, colour) for value, label, colour in entries] + [_sld_label_rule()],
         ),
     )
 
@@ -173,10 +173,10 @@ def _hatch(symbol: ET.Element, colour: str, angle: int, distance: float) -> None
         distance=f"{distance:g}",
         distance_unit="MM",
         color=colour,
-        line_width="0.2",
+        line_width="0.3",
         line_width_unit="MM",
     )
-    _line(_symbol(pattern, f"@{symbol.get('name')}@{index}", "line"), colour, 0.2)
+    _line(_symbol(pattern, f"@{symbol.get('name')}@{index}", "line"), colour, 0.3)
 
 
 def _categories(root: ET.Element, attribute: str, entries: Sequence[tuple[str, str]]) -> ET.Element:
@@ -296,9 +296,9 @@ class _Ground:
 _GROUND = {
     "detected": _Ground("looked at, objects found", "#00A7A0"),
     "empty": _Ground("looked at, nothing found", "#8FA3AD", dash="3;1.5"),
-    "invalid": _Ground("no valid pixels", "#9E9E9E", hatches=(45,)),
-    "outside": _Ground("outside the area asked for", "#9E9E9E", dash="1;1", hatches=(135,)),
-    "failed": _Ground("failed", "#C62828", hatches=(45, 135)),
+    "invalid": _Ground("no valid pixels", "#BDBDBD", hatches=(45,)),
+    "outside": _Ground("outside the area asked for", "#B0A8C8", dash="1;1", hatches=(135,)),
+    "failed": _Ground("failed", "#F4511E", hatches=(45, 135)),
 }
 
 
@@ -310,7 +310,7 @@ def _qml_coverage() -> str:
         ground = _GROUND[state]
         symbol = _symbol(symbols, str(index))
         for angle in ground.hatches:
-            _hatch(symbol, _rgba(ground.colour, 200), angle, 3.0)
+            _hatch(symbol, _rgba(ground.colour, 230), angle, 3.5)
         _line(symbol, _rgba(ground.colour), 0.4, ground.dash)
     ET.SubElement(root, "mapTip").text = (
         '<b>[% "state" %]</b> [% "reason" %]<br>[% "tiles" %] tiles'
@@ -357,16 +357,11 @@ def _equals(parent: ET.Element, column: str, value: str) -> None:
     ET.SubElement(test, "ogc:Literal").text = value
 
 
-def _cased_sld(name: str) -> tuple[str, str]:
-    return (name, class_colour(name)) if name else ("other", _OTHER)
-
-
-def _sld_class_rule(name: str, shown: tuple[str, str], names: Sequence[str]) -> ET.Element:
-    """One class; an empty name stands for the classes not in `names`."""
-    title, colour = shown
-    rule = _rule(title)
-    if name:
-        _equals(ET.SubElement(rule, "ogc:Filter"), "class", name)
+def _sld_class_rule(value: str, label: str, colour: str) -> ET.Element:
+    """One class; an empty value stands for those without a rule of their own."""
+    rule = _rule(label)
+    if value:
+        _equals(ET.SubElement(rule, "ogc:Filter"), "class", value)
     else:
         ET.SubElement(rule, "se:ElseFilter")
     polygon = ET.SubElement(rule, "se:PolygonSymbolizer")
@@ -381,9 +376,8 @@ def _sld_label_rule() -> ET.Element:
     text = ET.SubElement(rule, "se:TextSymbolizer")
     label = ET.SubElement(text, "se:Label")
     ET.SubElement(label, "ogc:PropertyName").text = "class"
+    ET.SubElement(label, "ogc:Literal").text = " "
     score = ET.SubElement(label, "ogc:Function", name="numberFormat")
-    score.tail = None
-    label[0].tail = " "
     ET.SubElement(score, "ogc:Literal").text = "0.00"
     ET.SubElement(score, "ogc:PropertyName").text = "score"
     _parameters(text, "se:Font", font_size="11", font_weight="bold")

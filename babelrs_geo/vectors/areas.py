@@ -13,6 +13,9 @@ import shapely
 
 from babelrs_geo.errors import LabelError
 
+_PIECES = 256  # edges longer than this share of the area are bent in a new CRS
+_MARGIN = 6.0  # degrees around a CRS's area of use within which its coordinates can still be trusted
+
 
 def read_area(path: str | os.PathLike[str], crs: pyproj.CRS | str | None) -> shapely.Geometry:
     """The area in a vector file: its polygons dissolved, in `crs` (None: a scene whose CRS is unknown).
@@ -38,14 +41,29 @@ def read_area(path: str | os.PathLike[str], crs: pyproj.CRS | str | None) -> sha
     if crs is None:
         return shapely.union_all(parts)
     area = gpd.GeoSeries([shapely.union_all(parts)], crs=frame.crs)
-    if area.crs != pyproj.CRS.from_user_input(crs):
+    target = pyproj.CRS.from_user_input(crs)
+    if area.crs != target:
         west, south, east, north = area.total_bounds
-        area = area.segmentize(max(east - west, north - south) / 256).to_crs(crs)
+        bent = area.segmentize(max(east - west, north - south) / _PIECES)
+        area = _near(bent, target).to_crs(target)
     if not np.isfinite(area.total_bounds).all():
         raise LabelError(
-            f"{name} reaches beyond the ground that the scene's CRS can express; cut it nearer to the scene"
+            f"{name} lies beyond the ground that the scene's CRS can express; draw it over the scene"
         )
     return shapely.make_valid(area.iloc[0])
+
+
+def _near(area: gpd.GeoSeries, target: pyproj.CRS) -> gpd.GeoSeries:
+    """The area without what lies far outside the ground a CRS is made for: projections fold that back in.
+
+    So the whole world is as good an area of interest as any other.
+    """
+    use = target.area_of_use
+    if use is None or use.west > use.east:
+        return area
+    near = shapely.box(use.west - _MARGIN, use.south - _MARGIN, use.east + _MARGIN, use.north + _MARGIN)
+    lonlat = area.to_crs("EPSG:4326")
+    return area if near.covers(shapely.box(*lonlat.total_bounds)) else lonlat.make_valid().intersection(near)
 
 
 def _read_polygons(name: str, layer: str | None) -> gpd.GeoDataFrame:

@@ -30,7 +30,7 @@ PROVENANCE_KEY = b"babelrs-geo:provenance"
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raise OutputError where `write` could not, or should not, put its files; ask it before the work.
+    """Raise OutputError where `write` could not, or should not, put its files: ask before the work.
 
     A path that ends in one of `SUFFIXES`, in a directory that can be written, over no file unless `overwrite`.
     """
@@ -200,6 +200,7 @@ def _write_gpkg(
             driver="GPKG",
             geometry_type="MultiPolygon" if parts else kind,
             promote_to_multi=bool(parts),
+            dataset_options={"VERSION": "1.2"},  # nothing here needs more, and older QGIS warns of later ones
             layer_options={"GEOMETRY_NAME": "geom", "IDENTIFIER": name, "DESCRIPTION": _ABOUT[name]},
         )
     styles = {"detections": qgis.detections_style(features["class"]), "coverage": qgis.coverage_style()}
