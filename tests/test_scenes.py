@@ -283,6 +283,7 @@ def test_the_flood_equals_a_plain_one(monkeypatch, seed, share):
     black = np.repeat(np.repeat(rng.random((15, 22)) < share, 9, 0), 9, 1)[:133, :195]
     found = find(195, 133, 0, lambda w, shape: black[w[1] : w[1] + w[3], w[0] : w[0] + w[2]])
     near = found.covers(np.arange(133), np.arange(195))
+    near = np.zeros_like(black) if near is None else near
     solid = minimum(black, outside=True)
     patches = [patch for patch, _ in shapes(solid.astype(np.uint8), mask=solid, connectivity=4)]
     flood = np.zeros_like(black)

@@ -47,13 +47,18 @@ class Collar:
     packed: bytes
     """Cells near the flood, bits row by row, deflated; empty where there is no collar."""
 
-    def covers(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """For scene rows (H,) and columns (W,): True (H,W) where a black pixel would be collar."""
+    def covers(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """For scene rows (H,) and columns (W,): True (H,W) where a black pixel would be collar; None:
+        nowhere.
+        """
         if not self.packed:
-            return np.zeros((rows.size, columns.size), bool)
+            return None
         r, c = rows // self.cell, columns // self.cell
         first, last = int(c.min()) // 8, int(c.max()) // 8 + 1
-        bits = np.unpackbits(self._cells[r.min() : r.max() + 1, first:last], axis=1)
+        cells = self._cells[r.min() : r.max() + 1, first:last]
+        if not cells.any():
+            return None
+        bits = np.unpackbits(cells, axis=1)
         return bits[np.ix_(r - r.min(), c - first * 8)].astype(bool)
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 
@@ -56,14 +57,15 @@ def resample(
     weight is.
     """
     kind = np.float32 if raw.dtype.itemsize <= 2 or raw.dtype == np.float32 else np.float64
-    share = _along(_along(valid.astype(kind)[None], down, 1), across, 2)[0]
-    out = np.empty((raw.shape[0], *share.shape), kind)
+    out = np.empty((raw.shape[0], len(down.index), len(across.index)), kind)
+    share = np.empty(out.shape[1:], kind)
+    _filter(valid.astype(kind), down.index, down.weight, across.index, across.weight, share)
     ok = share >= 0.5
-    for i, band in enumerate(raw):
-        plane = np.where(valid, band, 0).astype(kind)
-        out[i] = _along(_along(plane[None], down, 1), across, 2)[0]
-    out[:, ok] /= share[ok]
-    out[:, ~ok] = 0.0
+    for band, plane in zip(raw, out, strict=True):
+        seen = np.where(valid, band, 0).astype(kind)
+        _filter(seen, down.index, down.weight, across.index, across.weight, plane)
+        plane[ok] /= share[ok]
+        plane[~ok] = 0.0
     return out, ok
 
 
@@ -85,12 +87,20 @@ def shrink(raw: NDArray[Any], valid: NDArray[np.bool_], k: int) -> tuple[NDArray
     return out, ok
 
 
-def _along(x: NDArray[Any], t: Taps, axis: int) -> NDArray[Any]:
-    """Apply taps along axis 1 or 2 of `(band, y, x)`, summing in the order of the taps."""
-    out: NDArray[Any] | None = None
-    for j in range(t.index.shape[1]):
-        weight = t.weight[:, j].astype(x.dtype)
-        part = np.take(x, t.index[:, j], axis=axis) * (weight[None, :, None] if axis == 1 else weight)
-        out = part if out is None else np.add(out, part, out=out)
-    assert out is not None  # there is always a tap
-    return out
+@njit(cache=True, nogil=True)
+def _filter(plane, rows, row_weights, columns, column_weights, out):  # type: ignore[no-untyped-def]
+    """Rows, then columns of one plane (y, x) into `out`, each sum in the order of its taps."""
+    wide = np.zeros((rows.shape[0], plane.shape[1]), out.dtype)
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            weight = out.dtype.type(row_weights[i, j])
+            if weight != 0:
+                source = rows[i, j]
+                for c in range(plane.shape[1]):
+                    wide[i, c] += weight * plane[source, c]
+    for i in range(rows.shape[0]):
+        for c in range(columns.shape[0]):
+            total = out.dtype.type(0)
+            for j in range(columns.shape[1]):
+                total += out.dtype.type(column_weights[c, j]) * wide[i, columns[c, j]]
+            out[i, c] = total

@@ -299,6 +299,10 @@ class Scene:
             raw, valid = self._level(window, level, bands)
             seen += valid.size
             taken.append(raw[:, valid])
+        if len(windows) > 1 and seen > 100 * sum(part.shape[1] for part in taken):  # a small island of data
+            step = math.isqrt(shape[0] * shape[1] // _SURVEY_PIXELS) + 1
+            raw, valid = self._decimated(step, bands)
+            seen, taken = valid.size, [raw[:, valid]]
         sample = np.concatenate(taken, axis=1)
         return _Survey(sample, sample.shape[1] / seen)
 
@@ -307,18 +311,34 @@ class Scene:
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Raw numbers and validity, the collar included, of a window in pixels of an overview level."""
         raw, valid = self._reader.read(bands or self._bands, window, level)
+        rows, columns = self._reader.shape(level)
+        r = (np.arange(window[1], window[1] + window[3]) * 2 + 1) * self.height // (2 * rows)
+        c = (np.arange(window[0], window[0] + window[2]) * 2 + 1) * self.width // (2 * columns)
+        return self._uncollared(raw, valid, r, c)
+
+    def _decimated(self, step: int, bands: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Raw numbers and validity of one pixel in `step` along each axis: reads all of the file."""
+        shape = (-(-self.height // step), -(-self.width // step))
+        raw, valid = self._reader.read(bands, (0, 0, self.width, self.height), shape=shape)
+        r, c = (
+            (2 * np.arange(n) + 1) * size // (2 * n)
+            for n, size in zip(shape, (self.height, self.width), strict=True)
+        )
+        return self._uncollared(raw, valid, r, c)
+
+    def _uncollared(
+        self, raw: NDArray[Any], valid: NDArray[np.bool_], rows: NDArray[np.int64], columns: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """The same, collar not valid; complex numbers as magnitudes. Rows (h,), columns (w,): places in the
+        scene.
+        """
         raw = magnitude(raw)
-        if not self.options.collar or not valid.any():
-            return raw, valid
-        collar = self._found_collar()
-        if not collar.packed:
-            return raw, valid
-        black = valid & (np.abs(raw) <= collar.tolerance).all(axis=0)
-        if black.any():
-            rows, columns = self._reader.shape(level)
-            r = (np.arange(window[1], window[1] + window[3]) * 2 + 1) * self.height // (2 * rows)
-            c = (np.arange(window[0], window[0] + window[2]) * 2 + 1) * self.width // (2 * columns)
-            valid &= ~(black & collar.covers(r, c))
+        if self.options.collar and valid.any():
+            collar = self._found_collar()
+            near = collar.covers(rows, columns)
+            if near is not None:
+                dark = raw if raw.dtype.kind == "u" else np.abs(raw)
+                valid &= ~(near & (dark <= collar.tolerance).all(axis=0))
         return raw, valid
 
     def _found_collar(self) -> Collar:
