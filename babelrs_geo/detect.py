@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from babelrs_geo.detections import Detections
     from babelrs_geo.inference import Coverage, InferenceOptions
-    from babelrs_geo.models.zoo import Header, Weights
+    from babelrs_geo.models.checkpoints import Header
+    from babelrs_geo.models.zoo import Weights
     from babelrs_geo.scenes import Scene
 
 NATIVE = "native"

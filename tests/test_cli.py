@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import warnings
-from types import SimpleNamespace
 
 import geopandas as gpd
 import numpy as np
@@ -30,7 +29,7 @@ def weights(monkeypatch):
         return made
 
     made.loads = loads
-    monkeypatch.setitem(sys.modules, "babelrs_geo.models.zoo", SimpleNamespace(load=load))
+    monkeypatch.setattr("babelrs_geo.models.zoo.load", load)
     return made
 
 

@@ -151,7 +151,7 @@ def test_numbers_of_any_type_reach_the_detector_as_pictures(tmp_path, dtype):
 
 
 SLOW_PROGRAM = """
-import sys, time, types
+import sys, time
 sys.path[:0] = [{tests!r}]
 from simple_scenes import BrightWeights
 class Slow(BrightWeights):
@@ -162,8 +162,9 @@ class Slow(BrightWeights):
             time.sleep(.2)
             return inner(images)
         return run
-sys.modules["babelrs_geo.models.zoo"] = types.SimpleNamespace(load=lambda name, device: Slow())
 from babelrs_geo import cli
+from babelrs_geo.models import zoo
+zoo.load = lambda name, device: Slow()
 cli.main()
 """
 
