@@ -1,8 +1,8 @@
 """Training of the detector: batches of mixed sensors, parameter groups, schedule, checkpoints.
 
-A batch holds a fixed quota of each sensor (BabelRS section 4). The learning rate warms up, stays, and falls linearly
-to zero over the last steps, so that a run can be prolonged from its checkpoint before it cools down. The weights that
-are kept are a running mean of the trained ones.
+A batch holds a fixed quota of each sensor (BabelRS section 4). The learning rate warms up, stays, and falls
+linearly to zero over the last steps, so that a run can be prolonged from its checkpoint before it cools down.
+The weights that are kept are a running mean of the trained ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,8 +56,8 @@ def batches(
 ) -> Iterator[dict[str, tuple[Tensor, list[Any]]]]:
     """Endless batches: images (n, 3, size, size) and targets by sensor, each a function of its step alone.
 
-    Each sensor's records are visited in random permutations, one after another. `labels` are the offsets of the
-    sensors' classes in the shared label space.
+    Each sensor's records are visited in random permutations, one after another. `labels` are the offsets of
+    the sensors' classes in the shared label space.
     """
     step = start
     while True:
@@ -111,9 +110,11 @@ def schedule(step: int, options: TrainOptions) -> float:
 
 
 def freeze_prior(model: Detector, stages: int = 2) -> None:
-    """Keep the first stages of an ImageNet-trained trunk as they are; its finest maps cost most and change least."""
+    """Keep the first stages of an ImageNet-trained trunk as they are; its finest maps cost most and change
+    least.
+    """
     fixed = ("conv_stem", "bn1", *(f"blocks.{i}." for i in range(stages)))
-    for name, parameter in model.backbone.spm.trunk.named_parameters():
+    for name, parameter in model.backbone.spm.get_submodule("trunk").named_parameters():
         parameter.requires_grad_(not name.startswith(fixed))
 
 
@@ -129,7 +130,7 @@ def train(
     Progress goes to `folder/log.jsonl`, one object a line.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = model.to(device).to(memory_format=torch.channels_last).train()
     mean = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.lr)
     step, spent = _resume(folder, model, mean, optimizer)
@@ -194,7 +195,7 @@ def _save(folder: Path, model: nn.Module, mean: nn.Module, optimizer: Any, step:
     }
     temporary = folder / "last.pt.part"
     torch.save(state, temporary)
-    os.replace(temporary, folder / "last.pt")
+    temporary.replace(folder / "last.pt")
 
 
 def _resume(folder: Path, model: nn.Module, mean: nn.Module, optimizer: Any) -> tuple[int, float]:

@@ -1,7 +1,7 @@
 """Train the bundled weights: python pipelines/train_compact.py ../shared/data/soi_mini runs/compact
 
-Goes on from runs/compact/last.pt where it exists; `--start FILE.safetensors` begins from existing weights instead of
-ImageNet's. What came of it is written by pipelines/release_compact.py.
+Goes on from runs/compact/last.pt where it exists; `--start FILE.safetensors` begins from existing weights
+instead of ImageNet's. What came of it is written by pipelines/release_compact.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from babelrs_geo.training import TrainOptions, freeze_prior, train
 def options_from(path: Path) -> TrainOptions:
     """Training options of a YAML file."""
     values = yaml.safe_load(path.read_text())
-    values["augment"] = {
-        sensor: Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
-        for sensor, own in values["augment"].items()
-    }
+    for sensor, own in values["augment"].items():
+        values["augment"][sensor] = Augment(**own | {"scale": tuple(own["scale"])})
     return TrainOptions(**values)
 
 
@@ -55,7 +53,7 @@ def main() -> None:
 
         model.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
     else:
-        load_efficientnet_lite0(model.backbone.spm.trunk)
+        load_efficientnet_lite0(model.backbone.spm.get_submodule("trunk"))
     freeze_prior(model)
     train(model, records, options, args.out, args.device)
 

@@ -23,7 +23,9 @@ class Augment:
     size: int = 384
     scale: tuple[float, float] = (0.7, 1.4)
     turn: bool = True
-    """Any rotation in half of the crops; quarter turns and flips always. Horizontal boxes allow quarter turns only."""
+    """Any rotation in half of the crops; quarter turns and flips always. Horizontal boxes allow quarter turns
+    only.
+    """
     gamma: float = 0.25
     contrast: float = 0.2
     visible: float = 0.4
@@ -58,7 +60,7 @@ def augment(
     else:
         focus = rng.uniform((0, 0), (width, height))
     reach = size / scale * 0.4
-    centre = focus + rng.uniform(-reach, reach, 2)
+    centre = np.asarray(focus + rng.uniform(-reach, reach, 2), np.float64)
     # Keep the view over the image where the image is larger than the view.
     margin = np.minimum(np.array([width, height]) / 2, size / scale / 2)
     centre = np.clip(centre, margin, np.array([width, height]) - margin)
@@ -66,7 +68,7 @@ def augment(
     # Output pixel o looks at input pixel centre + inverse @ (o - size / 2).
     cos, sin = math.cos(angle), math.sin(angle)
     forward = scale * np.array([[cos * flip, -sin], [sin * flip, cos]])
-    inverse = np.linalg.inv(forward)
+    inverse = np.asarray(np.linalg.inv(forward), np.float64)
     crop = _sample(image, inverse, centre, size)
 
     quads = (corners(record.boxes) - centre) @ forward.T + size / 2

@@ -1,7 +1,7 @@
 """Reader for SOI-Det's folder layout: SAR as COCO JSON, RGB and infrared as DOTA text (BabelRS section 4).
 
-Both spellings of the layout are read: images as `.png` or `.jpg`, infrared under `png_images` or `images`, splits
-named train, val or test as each folder has them.
+Both spellings of the layout are read: images as `.png` or `.jpg`, infrared under `png_images` or `images`,
+splits named train, val or test as each folder has them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Record:
 def read_split(root: Path, sensor: str, split: str, classes: Sequence[str]) -> list[Record]:
     """Records of one sensor's split under a SOI-Det folder, sorted by file name.
 
-    Images without objects are kept: they are background. Raises LabelError for a missing folder, a class outside
-    `classes`, or an image that is not there.
+    Images without objects are kept: they are background. Raises LabelError for a missing folder, a class
+    outside `classes`, or an image that is not there.
     """
     if sensor == "sar":
         return _coco(root / "SARDet_50K", split, classes)

@@ -1,0 +1,1 @@
+"""The BabelRS detector: backbone, neck, heads, and the weights that fill them."""

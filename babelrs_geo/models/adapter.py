@@ -1,12 +1,13 @@
-"""ViT-Adapter backbone: a vision transformer and a convolutional pyramid that exchange features (BabelRS section 3).
+"""ViT-Adapter backbone: a vision transformer and a convolutional pyramid that exchange features (BabelRS
+section 3).
 
 Legend: B images of H x W pixels, D channels, h = H/16, w = W/16 the transformer's grid, heads M, points P.
-`x` are transformer tokens (B, h*w, D); `c` are pyramid tokens (B, 4hw + hw + hw/4, D) of strides 8, 16 and 32,
-concatenated in that order. Output: four maps (B, D, H/s, W/s) for s = 4, 8, 16, 32.
+`x` are transformer tokens (B, h*w, D); `c` are pyramid tokens (B, 4hw + hw + hw/4, D) of strides 8, 16 and
+32, concatenated in that order. Output: four maps (B, D, H/s, W/s) for s = 4, 8, 16, 32.
 
-The same classes make the paper's backbone (`PriorKind` "convolutional", D = 1024, 24 blocks) and the compact one,
-whose pyramid starts from an ImageNet EfficientNet-Lite0 instead. The deformable attention keeps the behaviour of the
-implementation the published weights were trained with: its residual is the normalised query.
+The same classes make the paper's backbone (`PriorKind` "convolutional", D = 1024, 24 blocks) and the compact
+one, whose pyramid starts from an ImageNet EfficientNet-Lite0 instead. The deformable attention keeps the
+behaviour of the implementation the published weights were trained with: its residual is the normalised query.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -193,7 +194,9 @@ class Injector(nn.Module):
 
 
 class Extractor(nn.Module):
-    """Transformer into pyramid. The residual is the normalised query, as in the published weights' training."""
+    """Transformer into pyramid. The residual is the normalised query, as in the published weights'
+    training.
+    """
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -233,7 +236,9 @@ class Interaction(nn.Module):
 
 
 class ConvolutionalPrior(nn.Module):
-    """The paper's spatial prior: a small convolutional pyramid at strides 4, 8, 16 and 32, each brought to D."""
+    """The paper's spatial prior: a small convolutional pyramid at strides 4, 8, 16 and 32, each brought to
+    D.
+    """
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -246,8 +251,8 @@ class ConvolutionalPrior(nn.Module):
         self.conv2 = nn.Sequential(*unit(k, 2 * k, 2))
         self.conv3 = nn.Sequential(*unit(2 * k, 4 * k, 2))
         self.conv4 = nn.Sequential(*unit(4 * k, 4 * k, 2))
-        for i, channels in enumerate((k, 2 * k, 4 * k, 4 * k), start=1):
-            setattr(self, f"fc{i}", nn.Conv2d(channels, dim, 1))
+        self.fc1, self.fc2 = nn.Conv2d(k, dim, 1), nn.Conv2d(2 * k, dim, 1)
+        self.fc3, self.fc4 = nn.Conv2d(4 * k, dim, 1), nn.Conv2d(4 * k, dim, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c1 = self.stem(image)
@@ -259,20 +264,16 @@ class ConvolutionalPrior(nn.Module):
 def fold_batch_norm(trunk: nn.Module) -> nn.Module:
     """Replace each convolution and the batch norm after it by one convolution with a bias, in place.
 
-    Detector batches are too small for batch statistics, so the norms would stay fixed anyway; folded they cost nothing.
+    Detector batches are too small for batch statistics, so the norms would stay fixed anyway; folded they
+    cost nothing.
     """
     for parent in list(trunk.modules()):
         children = list(parent.named_children())
         for (_, conv), (name, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
                 conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight,
-                    conv.bias,
-                    norm.running_mean,
-                    norm.running_var,
-                    norm.eps,
-                    norm.weight,
-                    norm.bias,
+                    conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
                 )
                 setattr(parent, name, getattr(norm, "act", nn.Identity()))
     return trunk
@@ -281,19 +282,18 @@ def fold_batch_norm(trunk: nn.Module) -> nn.Module:
 class EfficientNetPrior(nn.Module):
     """Spatial prior of the compact detector: timm's `tf_efficientnet_lite0` with its batch norms folded.
 
-    Runs outside autocast: its depthwise convolutions are bound by memory and slower in bf16 on CPUs (measured).
+    Runs outside autocast: its depthwise convolutions are bound by memory and slower in bf16 on CPUs
+    (measured).
     """
-
-    channels = (24, 40, 112, 320)
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         import timm
 
         trunk = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4))
-        self.trunk = fold_batch_norm(trunk)
-        for i, channels in enumerate(self.channels, start=1):
-            setattr(self, f"fc{i}", nn.Conv2d(channels, config.vit.dim, 1))
+        self.trunk: nn.Module = fold_batch_norm(trunk)
+        self.fc1, self.fc2 = nn.Conv2d(24, config.vit.dim, 1), nn.Conv2d(40, config.vit.dim, 1)
+        self.fc3, self.fc4 = nn.Conv2d(112, config.vit.dim, 1), nn.Conv2d(320, config.vit.dim, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(image.device.type, enabled=False):
@@ -312,9 +312,8 @@ class ViTAdapter(nn.Module):
         self.config = config
         self.embeddings = PatchEmbeddings(config.vit)
         self.layers = nn.ModuleList(Block(config.vit) for _ in range(config.vit.depth))
-        self.spm = (
-            EfficientNetPrior(config) if config.prior == "efficientnet_lite0" else ConvolutionalPrior(config)
-        )
+        lite = config.prior == "efficientnet_lite0"
+        self.spm: nn.Module = EfficientNetPrior(config) if lite else ConvolutionalPrior(config)
         self.level_embed = nn.Parameter(torch.randn(3, dim))
         last = len(config.stages) - 1
         self.interactions = nn.ModuleList(
@@ -327,7 +326,9 @@ class ViTAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise what the adapter adds; the transformer's blocks and an ImageNet prior keep their own start."""
+        """Initialise what the adapter adds; the transformer's blocks and an ImageNet prior keep their own
+        start.
+        """
         parts: list[nn.Module] = [self.interactions, self.up]
         parts += (
             [self.spm]

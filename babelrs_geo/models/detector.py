@@ -1,8 +1,9 @@
 """One detector for three sensors: shared backbone and neck, a head a sensor (BabelRS section 3).
 
-SAR goes through GFL to horizontal boxes; RGB and infrared each have their own Oriented R-CNN. `DetectorConfig()` is
-the paper's full model; `COMPACT` is the same classes with other numbers, for a laptop's CPU.
-Images are (N, 3, H, W) float32 in [0, 1], H and W multiples of 32; smaller ones are padded right and bottom.
+SAR goes through GFL to horizontal boxes; RGB and infrared each have their own Oriented R-CNN.
+`DetectorConfig()` is the paper's full model; `COMPACT` is the same classes with other numbers, for a laptop's
+CPU. Images are (N, 3, H, W) float32 in [0, 1], H and W multiples of 32; smaller ones are padded right and
+bottom.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _CLASSES = {
     "sar": ("ship", "aircraft", "car", "tank", "bridge", "harbor"),
     "rgb": (
         "small-vehicle", "large-vehicle", "plane", "Ship", "Harbor", "tennis-court", "soccer-ball-field",
-        "ground-track-field", "baseball-diamond", "swimming-pool", "roundabout", "basketball-court", "storage-tank",
-        "Bridge", "helicopter",
+        "ground-track-field", "baseball-diamond", "swimming-pool", "roundabout", "basketball-court",
+        "storage-tank", "Bridge", "helicopter",
     ),
     "ir": ("CAR", "BUS", "FERIGHT_CAR", "TRUCK", "VAN"),
 }  # fmt: skip
@@ -111,7 +112,9 @@ COMPACT = DetectorConfig(
     mean=(127.0, 127.0, 127.0),
     std=(128.0, 128.0, 128.0),
 )  # fmt: skip
-"""The bundled detector's configuration: 384 px trained, EfficientNet-Lite0 as its spatial prior, 15 classes."""
+"""The bundled detector's configuration: 384 px trained, EfficientNet-Lite0 as its spatial prior, 15
+classes.
+"""
 
 
 class Detector(nn.Module):
@@ -154,7 +157,8 @@ class Detector(nn.Module):
     def losses(self, batch: Mapping[str, tuple[Tensor, Sequence[Any]]]) -> dict[str, Tensor]:
         """Losses of a batch of mixed sensors: images (n, 3, H, W) of one size and their targets, by sensor.
 
-        Targets are `HorizontalTarget` for SAR and `OrientedTarget` otherwise. One pass of the backbone serves all.
+        Targets are `HorizontalTarget` for SAR and `OrientedTarget` otherwise. One pass of the backbone serves
+        all.
         """
         maps = self.features(torch.cat([images for images, _ in batch.values()]))
         out: dict[str, Tensor] = {}

@@ -1,19 +1,26 @@
-"""The SAR head: generalized focal loss on horizontal boxes, one anchor a cell (BabelRS section 3; GFL, Li et al. 2020).
+"""The SAR head: generalized focal loss on horizontal boxes, one anchor a cell (BabelRS section 3; GFL, Li et
+al. 2020).
 
-Legend: N images, L levels, A anchors of all levels (one a cell), G boxes of an image, K classes, R = `reg_max`.
-Boxes here are x1, y1, x2, y2 in pixels of the network's input. Sides are left, top, right, bottom distances in strides.
-Anchors are squares of side 8 strides centred on (j * stride, i * stride): no half-cell offset, as published.
+Legend: N images, L levels, A anchors of all levels (one a cell), G boxes of an image, K classes, R =
+`reg_max`. Boxes here are x1, y1, x2, y2 in pixels of the network's input. Sides are left, top, right, bottom
+distances in strides. Anchors are squares of side 8 strides centred on (j * stride, i * stride): no half-cell
+offset, as published.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, generalized_box_iou_loss
+
+PRIOR_LOGIT = -math.log(99)
+"""Where class logits start: one object in a hundred cells."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,10 @@ def atss_assign(
 ) -> Tensor:
     """Adaptive training sample selection (Zhang et al. 2020): index of each anchor's box, -1 for background.
 
-    `anchors` (A, 4) ordered by level with `counts` a level, `boxes` (G, 4), `valid` (A,) leaves anchors out. Per
-    box the anchors with the closest centres of every level are candidates; those with IoU of at least mean + std of
-    all candidates, and their centre inside the box, are positive. A contested anchor goes to its best IoU.
+    `anchors` (A, 4) ordered by level with `counts` a level, `boxes` (G, 4), `valid` (A,) leaves anchors out.
+    Per box the anchors with the closest centres of every level are candidates; those with IoU of at least
+    mean + std of all candidates, and their centre inside the box, are positive. A contested anchor goes to
+    its best IoU.
     """
     assigned = torch.full((len(anchors),), -1, dtype=torch.long, device=anchors.device)
     usable = torch.arange(len(anchors), device=anchors.device) if valid is None else valid.nonzero()[:, 0]
@@ -141,9 +149,7 @@ class GFLHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.constant_(
-            self.gfl_cls.bias, -4.59511985013459
-        )  # -log(99): a prior of one object in a hundred cells
+        nn.init.constant_(cast(Tensor, self.gfl_cls.bias), PRIOR_LOGIT)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level: class logits (N, K, h, w) and side logits (N, 4 (R + 1), h, w), both float32."""
@@ -190,9 +196,9 @@ class GFLHead(nn.Module):
         owners = [atss_assign(anchors, counts, t.boxes, c.candidates) for t in targets]
         positives = sum(max(int((o >= 0).sum()), 1) for o in owners)
         image, anchor, box, label = [], [], [], []
-        for i, (owner, t) in enumerate(zip(owners, targets, strict=True)):
+        for n, (owner, t) in enumerate(zip(owners, targets, strict=True)):
             at = (owner >= 0).nonzero()[:, 0]
-            image.append(torch.full_like(at, i))
+            image.append(torch.full_like(at, n))
             anchor.append(at)
             box.append(t.boxes[owner[at]])
             label.append(t.labels[owner[at]])
@@ -263,9 +269,9 @@ class GFLHead(nn.Module):
                 boxes.append(box)
                 confidences.append(value[: c.pre_nms])
                 names.append(what + (labels.start or 0))
-            box, value, name = torch.cat(boxes), torch.cat(confidences), torch.cat(names)
-            keep = batched_nms(box, value, name, c.nms_iou)[: c.max_boxes]
-            out.append((box[keep], value[keep], name[keep]))
+            all_boxes, value, name = torch.cat(boxes), torch.cat(confidences), torch.cat(names)
+            keep = batched_nms(all_boxes, value, name, c.nms_iou)[: c.max_boxes]
+            out.append((all_boxes[keep], value[keep], name[keep]))
         return out
 
 

@@ -25,7 +25,8 @@ def efficientnet_lite0_file() -> Path:
 def load_efficientnet_lite0(trunk: nn.Module, path: Path | None = None) -> None:
     """Copy ImageNet weights into timm's `tf_efficientnet_lite0` features, folded by `fold_batch_norm`.
 
-    The file's tensors stand in the same order as timm's under other names, so they are matched by order and shape.
+    The file's tensors stand in the same order as timm's under other names, so they are matched by order and
+    shape.
     """
     import timm
 

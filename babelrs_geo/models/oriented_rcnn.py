@@ -1,15 +1,19 @@
-"""Oriented R-CNN: proposals and boxes with an angle, one pair of heads for RGB and one for infrared (BabelRS section 3).
+"""Oriented R-CNN: proposals and boxes with an angle, one pair of heads for RGB and one for infrared (BabelRS
+section 3).
 
 Legend: N images, A anchors of all levels, P proposals, G boxes of an image, K classes of the shared space.
-Boxes are le90 tensors (see `rotated`); anchors are upright x1, y1, x2, y2, centred on grid points without offset.
-Losses and their normalisers follow Xie et al. 2021 as the published weights used them: a smooth L1 over all samples.
+Boxes are le90 tensors (see `rotated`); anchors are upright x1, y1, x2, y2, centred on grid points without
+offset. Losses and their normalisers follow Xie et al. 2021 as the published weights used them: a smooth L1
+over all samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,7 +91,7 @@ class OrientedRPN(nn.Module):
         self.rpn_reg = nn.Conv2d(config.channels, 6 * anchors, 1)
         for layer in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(cast(Tensor, layer.bias))
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level: objectness (N, h * w * anchors) and deltas (N, h * w * anchors, 6), float32."""
@@ -184,7 +188,7 @@ class _BoxHead(nn.Module):
         self.fc_cls = nn.Linear(config.channels, classes + 1)
         self.fc_reg = nn.Linear(config.channels, 5)
         for layer in self.shared_fcs:
-            nn.init.xavier_uniform_(layer.weight)
+            nn.init.xavier_uniform_(cast(Tensor, layer.weight))
         nn.init.normal_(self.fc_cls.weight, std=0.01)
         nn.init.normal_(self.fc_reg.weight, std=0.001)
         for layer in (*self.shared_fcs, self.fc_cls, self.fc_reg):
@@ -278,15 +282,19 @@ class OrientedRoI(nn.Module):
 
 
 def rotated_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Greedy class-wise NMS of le90 boxes by exact IoU: kept indices, best first. Boxes at the threshold go."""
-    order = scores.sort(descending=True, stable=True).indices
-    kept = []
-    iou = rotated_iou(*[from_le90(boxes[order].double().cpu().numpy())] * 2)
-    same = (labels[order, None] == labels[None, order]).cpu().numpy()
-    rival = (iou >= threshold) & same
-    gone = torch.zeros(len(order), dtype=torch.bool).numpy()
-    for i in range(len(order)):
-        if not gone[i]:
-            kept.append(i)
-            gone[i + 1 :] |= rival[i, i + 1 :]
-    return order[torch.tensor(kept, dtype=torch.long, device=order.device)]
+    """Greedy class-wise NMS of le90 boxes by exact IoU: kept indices, best first. Boxes at the threshold
+    go.
+    """
+    keep = torch.zeros(len(scores), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        mine = (labels == label).nonzero()[:, 0]
+        mine = mine[scores[mine].sort(descending=True, stable=True).indices]
+        upright = from_le90(boxes[mine].double().cpu().numpy())
+        rival = rotated_iou(upright, upright) >= threshold
+        gone = np.zeros(len(mine), np.bool_)
+        for i in range(len(mine)):
+            if not gone[i]:
+                gone[i + 1 :] |= rival[i, i + 1 :]
+        keep[mine.cpu()] = torch.from_numpy(~gone)
+    kept = keep.nonzero()[:, 0].to(scores.device)
+    return kept[scores[kept].sort(descending=True, stable=True).indices]

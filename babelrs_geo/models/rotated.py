@@ -1,8 +1,9 @@
 """Rectangles inside the network: le90 geometry, the two box coders, and RoIAlign on rotated boxes.
 
-Boxes here are (n, 5) tensors cx, cy, w, h, a in pixels of the network's input, `a` in radians clockwise on the image,
-in [-pi/2, pi/2): the convention of the published weights, called le90. Outside `models/` boxes are `cxcywhr`, and
-`babelrs_geo.boxes` converts. Section numbers are those of Oriented R-CNN (Xie et al. 2021) and of BabelRS.
+Boxes here are (n, 5) tensors cx, cy, w, h, a in pixels of the network's input, `a` in radians clockwise on
+the image, in [-pi/2, pi/2): the convention of the published weights, called le90. Outside `models/` boxes are
+`cxcywhr`, and `babelrs_geo.boxes` converts. Section numbers are those of Oriented R-CNN (Xie et al. 2021) and
+of BabelRS.
 """
 
 from __future__ import annotations
@@ -153,9 +154,9 @@ def roi_align(
 ) -> Tensor:
     """Features (n, C, out, out) of rotated boxes (n, 5), each read from its own image and level.
 
-    Each bin is the mean of samples x samples bilinear samples, pixel centres at halves; a sample more than a cell
-    outside the map counts as zero (mmcv's RoIAlignRotated, clockwise, aligned). All bins of all levels are one
-    weighted `embedding_bag` over the cells: no loop over boxes, and its gradient is fast on a CPU.
+    Each bin is the mean of samples x samples bilinear samples, pixel centres at halves; a sample more than a
+    cell outside the map counts as zero (mmcv's RoIAlignRotated, clockwise, aligned). All bins of all levels
+    are one weighted `embedding_bag` over the cells: no loop over boxes, and its gradient is fast on a CPU.
     """
     n, channels = len(boxes), maps[0].shape[1]
     table = torch.cat([m.permute(0, 2, 3, 1).reshape(-1, channels) for m in maps]).float()

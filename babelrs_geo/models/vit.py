@@ -1,7 +1,8 @@
-"""The plain vision transformer under the adapter: InternViT's pre-norm blocks, without class token or final norm.
+"""The plain vision transformer under the adapter: InternViT's pre-norm blocks, without class token or final
+norm.
 
-Shapes: B images, N tokens (row-major over the patch grid), D channels. Reference: BabelRS, arXiv 2603.01758; the
-block is InternViT's (LayerNorm eps 1e-6, layer scale, fused q, k, v, exact GELU).
+Shapes: B images, N tokens (row-major over the patch grid), D channels. Reference: BabelRS, arXiv 2603.01758;
+the block is InternViT's (LayerNorm eps 1e-6, layer scale, fused q, k, v, exact GELU).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class ViTConfig:
 
 
 SMALL_MAP = 2**24
-"""Up to this many attention weights an image (heads * N * N) the explicit form is used on CPUs: 1.8 times faster
-forward and 4 times backward than torch's fused kernel in bf16 (2 cores, 576 tokens), at the memory of the weights."""
+"""Up to this many attention weights an image (heads * N * N) the explicit form is used on CPUs: 1.8 times
+faster forward and 4 times backward than torch's fused kernel in bf16 (2 cores, 576 tokens).
+"""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,116 @@
+"""Weights by name or file, ready to find objects in tiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from babelrs_geo.boxes import from_le90, from_xyxy
+from babelrs_geo.detections import Detections
+from babelrs_geo.errors import ParameterError, WeightsError
+from babelrs_geo.models import checkpoints
+from babelrs_geo.models.checkpoints import Header
+from babelrs_geo.models.detector import Detector, Prediction
+
+BUNDLED = Path(__file__).parent / "weights"
+"""Weights that come with the package, `NAME.safetensors` each beside its model card `NAME.md`."""
+
+TileDetector = Callable[[NDArray[np.float32]], list[Detections]]
+"""Images (B, 3, h, w) float32 in [0, 1] to one Detections an image, in pixels of the tile."""
+
+
+def bundled() -> list[str]:
+    """Names of the weights that come with the package."""
+    return sorted(p.stem for p in BUNDLED.glob("*.safetensors"))
+
+
+def find(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file that a name or path means. Raises WeightsError that lists the names there are."""
+    text = os.fspath(name_or_path)
+    if text in bundled():
+        return BUNDLED / f"{text}.safetensors"
+    if Path(text).is_file():
+        return Path(text)
+    names = ", ".join(bundled()) or "none"
+    raise WeightsError(f'there are no weights "{text}": give a safetensors file or a bundled name ({names})')
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Loaded weights."""
+
+    name: str
+    path: Path
+    sha256: str
+    header: Header
+    model: Detector
+    device: str
+
+    def detector(
+        self,
+        sensor: str,
+        score: float | Mapping[str, float] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> TileDetector:
+        """A callable that finds objects of one sensor.
+
+        `score` is the least score reported, for all classes or by class; by default the weights' own.
+        `classes` are those to report, all by default. Raises WeightsError for a sensor the weights do not
+        know and ParameterError for such a class.
+        """
+        header = self.header
+        if sensor not in header.classes:
+            raise WeightsError(
+                f'weights "{self.name}" do not know sensor {sensor!r}; they know {", ".join(header.classes)}'
+            )
+        known = header.classes[sensor]
+        for name in classes or ():
+            if name not in known:
+                raise ParameterError(f'unknown class "{name}" for {sensor}; there are {", ".join(known)}')
+        own = header.thresholds[sensor]
+        least = np.array([_least(own, score, n) if not classes or n in classes else np.inf for n in known])
+        first = self.model.config.labels(sensor).start
+        oriented = header.box_kind[sensor] == "oriented"
+
+        def find_objects(images: NDArray[np.float32]) -> list[Detections]:
+            batch = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+            predictions = self.model.predict(batch, sensor)
+            return [to_detections(p, first, known, oriented, least) for p in predictions]
+
+        return find_objects
+
+
+def _least(own: Mapping[str, float], score: float | Mapping[str, float] | None, name: str) -> float:
+    if score is None:
+        return own[name]
+    return score[name] if isinstance(score, Mapping) else score
+
+
+def to_detections(
+    prediction: Prediction, first: int, classes: Sequence[str], oriented: bool, least: NDArray[np.float64]
+) -> Detections:
+    """A prediction as `Detections` of a sensor's own classes, without those below the least score a class (K,)."""
+    boxes, scores, labels = (t.cpu().numpy() for t in prediction)
+    labels = labels - first
+    keep = scores >= least[labels]
+    boxes = boxes[keep].astype(np.float64)
+    return Detections(
+        from_le90(boxes) if oriented else from_xyxy(boxes),
+        scores[keep],
+        labels[keep],
+        tuple(classes),
+        oriented,
+    )
+
+
+def load(name_or_path: str | os.PathLike[str] = "compact", device: str = "cpu") -> Weights:
+    """Weights by bundled name or file, on a torch device. Raises WeightsError."""
+    path = find(name_or_path)
+    model, header = checkpoints.load(path, device)
+    return Weights(header.name, path, checkpoints.sha256(path), header, model, device)

@@ -1,0 +1,333 @@
+"""The detector's parts against the official modules' numbers and against slow, obvious references."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from babelrs_geo.boxes import from_le90, rotated_iou_pairs
+from babelrs_geo.models.adapter import AdapterConfig, DeformableAttention, ViTAdapter
+from babelrs_geo.models.detector import COMPACT, Detector, DetectorConfig, HorizontalTarget, OrientedTarget
+from babelrs_geo.models.fpn import SharedFPN
+from babelrs_geo.models.gfl import GFLConfig, GFLHead, atss_assign
+from babelrs_geo.models.oriented_rcnn import OrientedRoI, OrientedRPN, RoIConfig, RPNConfig, rotated_nms
+from babelrs_geo.models.rotated import MidpointOffset, RotatedDelta, outer, roi_align, vertices, wrap
+from babelrs_geo.models.vit import ViTConfig, attention
+
+GOLDEN = Path(os.environ.get("BABELRS_GEO_SHARED", Path(__file__).parents[2] / "shared")) / "golden"
+golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason="the official module's numbers (shared/golden) are not here"
+)
+
+
+class Golden:
+    """One golden file: arrays as tensors, a state dict by prefix."""
+
+    def __init__(self, name: str) -> None:
+        self.arrays = np.load(GOLDEN / f"{name}.npz")
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.from_numpy(np.asarray(self.arrays[key]))
+
+    def state(self, prefix: str = "sd/") -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): self[k] for k in self.arrays if k.startswith(prefix)}
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(int(h), int(w)) for h, w in self.arrays["img_shapes"]]
+
+
+def same(got: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:
+    assert got.shape == wanted.shape
+    scale = wanted.abs().max().item() or 1.0
+    assert (got - wanted).abs().max().item() <= tolerance * scale
+
+
+# ---- parity with the official modules
+
+
+@pytest.mark.shared
+@golden
+def test_the_backbone_is_the_official_one() -> None:
+    data = Golden("adapter_tiny")
+    config = AdapterConfig(vit=ViTConfig(128, 16, 64, 4, 4), stages=(1, 1, 1, 1), heads=4, prior_width=16)
+    model = ViTAdapter(config).eval()
+    model.load_state_dict(data.state())
+    maps = model(data["x"])
+    for i, got in enumerate(maps):
+        same(got, data[f"out{i}"])
+    grads = Golden("adapter_tiny_grads")
+    sum((m * grads[f"w{i}"]).mean() for i, m in enumerate(maps)).backward()
+    checked = 0
+    for name, parameter in model.named_parameters():
+        key = next((k for k in (f"grad/{name}", name) if k in grads.arrays), None)
+        if key and parameter.grad is not None:
+            same(parameter.grad, grads[key], 1e-3)
+            checked += 1
+    assert checked > 100
+
+
+@pytest.mark.shared
+@golden
+def test_the_neck_is_the_official_one() -> None:
+    data = Golden("fpn_tiny")
+    neck = SharedFPN(64, 32)
+    neck.load_state_dict(data.state())
+    maps = [data[f"in{i}"] for i in range(4)]
+    for name, start in (("rgb", 0), ("sar", 1)):
+        for i, got in enumerate(neck(maps, start)):
+            same(got, data[f"{name}{i}"])
+
+
+@pytest.mark.shared
+@golden
+def test_the_sar_head_is_the_official_one() -> None:
+    data = Golden("gfl_tiny")
+    head = GFLHead(GFLConfig(channels=32, convs=2), 32, 26)
+    head.load_state_dict(data.state())
+    maps = [data[f"feat{i}"].requires_grad_() for i in range(5)]
+    targets = [HorizontalTarget(data[f"gt{i}"], data[f"label{i}"], data.sizes()[i]) for i in range(2)]
+    losses = head.loss(maps, targets)
+    for ours, theirs in (("loss_cls", "loss_cls"), ("loss_bbox", "loss_bbox"), ("loss_dfl", "loss_dfl")):
+        same(losses[ours], sum(data[f"{theirs}{i}"] for i in range(5)))
+    sum(losses.values()).backward()
+    for i in range(4):  # the last map is one cell, and group norm's gradient there is rounding noise
+        same(maps[i].grad, data[f"featgrad{i}"])
+    with torch.no_grad():
+        found = head.predict(maps, data.sizes(), slice(0, 26))
+    for i, (boxes, scores, labels) in enumerate(found):
+        same(torch.cat([boxes, scores.unsqueeze(1)], 1), data[f"det{i}_rescale0"])
+        assert torch.equal(labels, data[f"detlabel{i}_rescale0"])
+
+
+@pytest.mark.shared
+@golden
+def test_the_oriented_heads_are_the_official_ones() -> None:
+    data = Golden("oriented_rpn_roi_tiny")
+    every = 10**6
+    rpn = OrientedRPN(RPNConfig(channels=32, samples=every), 32)
+    rpn.load_state_dict(data.state("rpn/"))
+    roi = OrientedRoI(RoIConfig(channels=64, samples=every), 32, 26)
+    roi.load_state_dict(data.state("roi/"))
+    maps = [data[f"feat{i}"].requires_grad_() for i in range(5)]
+    targets = [OrientedTarget(data[f"gt{i}"], data[f"label{i}"], data.sizes()[i]) for i in range(2)]
+    outputs = rpn(maps)
+    losses = rpn.loss(maps, outputs, targets)
+    same(1.5 * losses["loss_rpn_cls"], data["det/loss_rpn_cls"].sum().float())
+    same(1.5 * losses["loss_rpn_bbox"], data["det/loss_rpn_bbox"].sum().float())
+    for i, proposals in enumerate(rpn.proposals(maps, outputs)):
+        same(proposals, data[f"det/proposals{i}"][:, :5])
+    box_losses = roi.loss(maps, [data[f"det/proposals{i}"][:, :5] for i in range(2)], targets)
+    same(1.5 * box_losses["loss_cls"], data["det/roi_loss_cls"].float())
+    same(1.5 * box_losses["loss_bbox"], data["det/roi_loss_bbox"].float())
+    (1.5 * sum([*losses.values(), *box_losses.values()])).backward()
+    for i in range(4):
+        same(maps[i].grad, data[f"featgrad{i}"])
+    with torch.no_grad():
+        found = roi.predict(
+            maps, [data[f"test/proposals{i}"][:, :5] for i in range(2)], data.sizes(), slice(0, 26)
+        )
+    for i, (boxes, scores, labels) in enumerate(found):
+        same(torch.cat([boxes, scores.unsqueeze(1)], 1), data[f"test/det{i}_rescale0"])
+        assert torch.equal(labels, data[f"test/label{i}_rescale0"])
+
+
+@pytest.mark.shared
+@golden
+def test_rotated_roi_align_is_the_official_one() -> None:
+    data = Golden("roi_align_rotated")
+    feature, rois = data["feat"].requires_grad_(), data["rois"]
+    level = torch.zeros(len(rois), dtype=torch.long)
+    got = roi_align([feature], rois[:, 1:], rois[:, 0].long(), level, [8])
+    same(got, data["out_sr2_cw1"])
+    (got * data["grad_w"]).sum().backward()
+    same(feature.grad, data["feat_grad"])
+
+
+@pytest.mark.shared
+@golden
+def test_the_full_configuration_has_the_official_parameters() -> None:
+    official = json.loads((GOLDEN / "official_state_dict.json").read_text())["state_dict"]
+    with torch.device("meta"):
+        ours = {k: list(v.shape) for k, v in Detector().state_dict().items()}
+    assert ours == {entry["key"]: entry["shape"] for entry in official}
+
+
+def test_the_full_configuration_has_378_million_parameters() -> None:
+    with torch.device("meta"):
+        model = Detector()
+    assert sum(p.numel() for p in model.parameters()) == 378_012_045
+
+
+# ---- slow references
+
+
+def test_deformable_attention_looks_where_it_says() -> None:
+    torch.manual_seed(0)
+    shapes, heads, points, dim = [(4, 6), (2, 3)], 2, 3, 8
+    layer = DeformableAttention(dim, heads, points, 2)
+    torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.3)
+    torch.nn.init.normal_(layer.attention_weights.weight)
+    query, places = torch.randn(1, 5, dim), torch.rand(5, 2)
+    value = torch.randn(1, 24 + 6, dim)
+    got = layer(query, places, value, shapes)
+
+    projected = layer.value_proj(value)[0].view(30, heads, dim // heads)
+    offsets = layer.sampling_offsets(query)[0].view(5, heads, 2, points, 2)
+    weights = layer.attention_weights(query)[0].view(5, heads, -1).softmax(-1).view(5, heads, 2, points)
+    want = torch.zeros(5, heads, dim // heads)
+    for q in range(5):
+        for m in range(heads):
+            for level, (h, w) in enumerate(shapes):
+                table = projected[: h * w, m] if level == 0 else projected[24:, m]
+                for p in range(points):
+                    x = (places[q, 0] * w + offsets[q, m, level, p, 0] - 0.5).item()
+                    y = (places[q, 1] * h + offsets[q, m, level, p, 1] - 0.5).item()
+                    for j in (math.floor(y), math.floor(y) + 1):
+                        for i in (math.floor(x), math.floor(x) + 1):
+                            if 0 <= i < w and 0 <= j < h:
+                                share = (1 - abs(x - i)) * (1 - abs(y - j))
+                                want[q, m] += weights[q, m, level, p] * share * table[j * w + i]
+    same(got[0], layer.output_proj(want.flatten(1)), 1e-5)
+
+
+def test_explicit_and_fused_attention_agree() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 50, 16) for _ in range(3))
+    same(attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), 1e-5)
+
+
+def test_an_anchor_claimed_twice_goes_to_the_box_it_overlaps_most() -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [4, 4, 14, 14], [50, 50, 60, 60]])
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11]])
+    assert atss_assign(anchors, [3], boxes, 1).tolist() == [0, -1, -1]
+    assert atss_assign(anchors, [3], boxes[:0], 9).tolist() == [-1, -1, -1]
+
+
+sizes = st.floats(6, 120)
+oriented = st.tuples(st.floats(-200, 200), st.floats(-200, 200), sizes, sizes, st.floats(-1.57, 1.57))
+
+
+def le90(box: tuple[float, ...]) -> Tensor:
+    cx, cy, w, h, a = box
+    if w < h:
+        w, h, a = h, w, a + math.pi / 2
+    return torch.tensor(
+        [[cx, cy, w, h, float(wrap(torch.tensor(a, dtype=torch.float64)))]], dtype=torch.float64
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(oriented)
+def test_midpoint_offsets_come_back_as_the_same_rectangle(box: tuple[float, ...]) -> None:
+    boxes = le90(box)
+    # Vertices within .1 px of the extreme count as extreme; keep away from there.
+    corner = vertices(boxes)[0]
+    gaps = torch.cat([corner[:, k].sort().values.diff()[[0, 2]] for k in (0, 1)])
+    assume(bool(((gaps > 0.11) | (gaps < 1e-6)).all()))
+    anchors = outer(boxes) + torch.tensor([[3.0, -4.0, 5.0, 2.0]], dtype=torch.float64)
+    coder = MidpointOffset()
+    back = coder.decode(anchors, coder.encode(anchors, boxes))
+    assert rotated_iou_pairs(from_le90(boxes.numpy()), from_le90(back.numpy()))[0] > 1 - 1e-4
+
+
+@settings(max_examples=60, deadline=None)
+@given(oriented, st.floats(-0.7, 0.7))
+def test_rotated_deltas_come_back_exactly(box: tuple[float, ...], turn: float) -> None:
+    boxes = le90(box)
+    proposals = boxes + torch.tensor([[2.0, -3.0, 4.0, 1.0, turn]], dtype=torch.float64)
+    coder = RotatedDelta()
+    back = coder.decode(proposals, coder.encode(proposals, boxes))
+    assert rotated_iou_pairs(from_le90(boxes.numpy()), from_le90(back.numpy()))[0] > 1 - 1e-6
+
+
+def test_vertices_lie_on_the_bounds() -> None:
+    boxes = torch.tensor([[50.0, 60, 30, 10, 0.4], [10, 10, 8, 8, -1.2]])
+    corner = vertices(boxes)
+    same(torch.cat([corner.amin(1), corner.amax(1)], 1), outer(boxes), 1e-6)
+
+
+def test_rotated_nms_keeps_classes_apart() -> None:
+    boxes = torch.tensor([[50.0, 50, 40, 10, 0.3], [50, 50, 40, 10, 0.3], [51, 50, 40, 10, 0.3]])
+    scores = torch.tensor([0.5, 0.9, 0.8])
+    assert rotated_nms(boxes, scores, torch.tensor([0, 0, 0]), 0.1).tolist() == [1]
+    assert rotated_nms(boxes, scores, torch.tensor([0, 1, 1]), 0.1).tolist() == [1, 0]
+
+
+# ---- the detector as a whole
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Detector:
+    torch.manual_seed(0)
+    from dataclasses import replace
+
+    backbone = replace(COMPACT.backbone, vit=ViTConfig(64, 16, 24, 2, 2), stages=(1, 1), heads=2)
+    return Detector(
+        replace(
+            COMPACT,
+            backbone=replace(backbone, prior="convolutional", prior_width=8),
+            neck_channels=32,
+            gfl=replace(COMPACT.gfl, channels=32, groups=8, score=0.0),
+            rpn=replace(COMPACT.rpn, channels=16, proposals=20),
+            roi=replace(COMPACT.roi, channels=16, score=0.0),
+        )
+    ).eval()
+
+
+def test_the_compact_configuration_is_small_enough() -> None:
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Detector(COMPACT).parameters())
+    assert count <= 15_000_000
+    assert COMPACT.rpn.proposals <= 300
+
+
+def test_a_configuration_survives_json() -> None:
+    for config in (COMPACT, DetectorConfig()):
+        assert DetectorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_one_backward_pass_reaches_every_sensor(tiny: Detector) -> None:
+    torch.manual_seed(0)
+    box = torch.tensor([[32.0, 32, 24, 12, 0.5]])
+    batch = {
+        "sar": (torch.rand(1, 3, 64, 64), [HorizontalTarget(outer(box), torch.tensor([0]), (64, 64))]),
+        "rgb": (torch.rand(1, 3, 64, 64), [OrientedTarget(box, torch.tensor([3]), (64, 64))]),
+        "ir": (
+            torch.rand(1, 3, 64, 64),
+            [OrientedTarget(box[:0], torch.tensor([], dtype=torch.long), (64, 64))],
+        ),
+    }
+    tiny.zero_grad()
+    losses = tiny.losses(batch)
+    assert {name.split("_")[0] for name in losses} == {"sar", "rgb", "ir"}
+    sum(losses.values()).backward()
+    for part in (tiny.backbone, tiny.neck, tiny.sar_bbox_head, tiny.rgb_roi_head, tiny.ifr_rpn_head):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+@pytest.mark.parametrize("sensor", ["sar", "rgb", "ir"])
+def test_any_size_is_served_and_labels_are_the_sensors_own(tiny: Detector, sensor: str) -> None:
+    labels = tiny.config.labels(sensor)
+    for height, width in ((64, 64), (50, 70), (33, 31)):
+        boxes, scores, found = tiny.predict(torch.rand(1, 3, height, width), sensor)[0]
+        assert len(boxes) == len(scores) == len(found) > 0
+        assert ((found >= labels.start) & (found < labels.stop)).all()
+        assert (scores.diff() <= 0).all()
+
+
+def test_an_image_is_found_alike_alone_and_in_a_batch(tiny: Detector) -> None:
+    images = torch.rand(3, 3, 64, 64)
+    together = tiny.predict(images, "sar")
+    for i in range(3):
+        alone = tiny.predict(images[i : i + 1], "sar")[0]
+        assert len(alone[0]) == len(together[i][0])
+        assert (alone[1] - together[i][1]).abs().max() < 1e-4
