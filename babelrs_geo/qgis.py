@@ -271,7 +271,7 @@ def _labeling(root: ET.Element) -> None:
         bufferJoinStyle="128",
     )
     # 8: outside the polygon, so that the label never hides the object it names.
-    ET.SubElement(settings, "placement", placement="8", dist="0.6", distUnits="MM", polygonPlacementFlags="2")
+    ET.SubElement(settings, "placement", placement="8", dist="1", distUnits="MM", polygonPlacementFlags="2")
     ET.SubElement(settings, "rendering", drawLabels="1", obstacle="1", obstacleFactor="0.5", obstacleType="1")
     collection = ET.SubElement(ET.SubElement(settings, "dd_properties"), "Option", type="Map")
     ET.SubElement(collection, "Option", type="QString", name="name", value="")

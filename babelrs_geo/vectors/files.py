@@ -32,7 +32,7 @@ PROVENANCE_KEY = b"babelrs-geo:provenance"
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Raise OutputError where `write` could not, or should not, put its files: ask before the work.
 
-    A path that ends in one of `SUFFIXES`, in a directory that can be written, over no file unless `overwrite`.
+    It must end in one of `SUFFIXES`, in a writable directory, and be free unless `overwrite`.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
