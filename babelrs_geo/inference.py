@@ -37,11 +37,6 @@ FAILED = "failed"  # its pixels could not be read
 OUTSIDE = "outside"  # outside the area asked for
 STATES = (DETECTED, EMPTY, INVALID, FAILED, OUTSIDE)
 
-# A model input's sides are padded with zeros to multiples of this: the coarsest stride of the detector's
-# feature pyramid (P7), so that every level sees whole cells, whatever the tile size and however small the
-# scene.
-SIDE_MULTIPLE = 128
-
 Detector = Callable[[NDArray[np.float32]], list[Detections]]
 """float32 (B, 3, h, w) in [0, 1] to one `Detections` per image, boxes in that image's pixels."""
 
@@ -163,7 +158,8 @@ def run(
     and the result to the detections centred in it.
 
     Batches are a function of the grid, the area and the valid mask alone: tiles with a valid pixel, in
-    row-major order, `options.batch` at a time. Detections centred on padding or on invalid pixels are dropped
+    row-major order, `options.batch` at a time. Detections centred outside
+    their tile or on invalid pixels are dropped
     before merging.
 
     Returns the merged detections in scene pixels, and the coverage. Where no tile held a valid pixel the
@@ -302,8 +298,7 @@ def _batch(slots: list[_Read], size: tuple[int, int], batch: int) -> _Batch:
     images = np.zeros((batch, 3, *size), np.float32)
     for image, read in zip(images, slots, strict=False):
         if read.pixels is not None:
-            height, width = read.pixels.image.shape[1:]
-            image[:, :height, :width] = read.pixels.image
+            image[:] = read.pixels.image
     return _Batch(images, tuple(slots))
 
 
@@ -330,7 +325,7 @@ def _computed(
 
 
 def _placed(found: Detections, tile: Tile, valid: NDArray[np.bool_]) -> Detections:
-    """What was found in a tile, in grid pixels, without what is centred on padding or invalid pixels."""
+    """What was found in a tile, in grid pixels, without what is centred outside it or on invalid pixels."""
     height, width = valid.shape
     column = np.floor(found.boxes[:, 0]).astype(np.int64)
     row = np.floor(found.boxes[:, 1]).astype(np.int64)
@@ -340,9 +335,12 @@ def _placed(found: Detections, tile: Tile, valid: NDArray[np.bool_]) -> Detectio
 
 
 def _input_size(grid: Grid) -> tuple[int, int]:
-    """(height, width) of the model's input: one for all tiles, whole multiples of `SIDE_MULTIPLE`."""
-    height, width = (min(grid.tile, side) for side in (grid.height, grid.width))
-    return -(-height // SIDE_MULTIPLE) * SIDE_MULTIPLE, -(-width // SIDE_MULTIPLE) * SIDE_MULTIPLE
+    """(height, width) of every image of a grid: the tile, or the scene's side where that is smaller.
+
+    All outer rectangles of a grid have this size. What a model needs beyond it, such as whole cells of its
+    coarsest stride, it pads itself, after normalising, as it did in training.
+    """
+    return min(grid.tile, grid.height), min(grid.tile, grid.width)
 
 
 def _scene_rects(tiles: list[Tile], stretch: tuple[float, float]) -> NDArray[np.int64]:

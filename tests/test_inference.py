@@ -201,7 +201,7 @@ def test_invalid_tiles_are_not_computed_and_batches_are_packed_with_valid_ones()
     assert sizes == [4] * -(-valid // 4)
 
 
-def test_what_is_centred_on_padding_or_invalid_pixels_is_dropped():
+def test_what_is_centred_outside_its_tile_or_on_invalid_pixels_is_dropped():
     def everywhere(images):
         boxes = np.array([[5.5, 5.5, 4, 4, 0], [25.5, 5.5, 4, 4, 0], [5.5, 45.5, 4, 4, 0], [-3, 5, 4, 4, 0]])
         one = Detections(boxes, np.ones(4, np.float32), np.zeros(4, np.int64), ("ship",), False)
@@ -214,18 +214,18 @@ def test_what_is_centred_on_padding_or_invalid_pixels_is_dropped():
     np.testing.assert_allclose(found.boxes, [[5.5, 5.5, 4, 4, 0]])
 
 
-def test_the_input_is_padded_with_zeros_to_whole_cells_and_small_scenes_are_served():
+@pytest.mark.parametrize(("height", "width"), [(40, 30), (100, 1), (1, 1), (60, 200)])
+def test_small_and_thin_scenes_are_read_as_they_are(height, width):
     shapes = []
 
     def detector(images):
         shapes.append(images.shape)
-        assert not images[:, :, 40:].any() and not images[:, :, :, 1:].any()
         return nothing(images)
 
-    scene = ArrayScene(np.full((40, 1), 200, np.uint8))
-    _, coverage = run(scene, detector, Grid(1, 40))
-    assert shapes == [(4, 3, inference.SIDE_MULTIPLE, inference.SIDE_MULTIPLE)]
-    assert coverage.counts()["empty"] == 1
+    scene = scene_of(width, height, [])
+    _, coverage = run(scene, detector, Grid(width, height, 48, 16), options=InferenceOptions(batch=2))
+    assert set(shapes) == {(2, 3, min(height, 48), min(width, 48))}
+    assert coverage.counts()["empty"] == len(coverage)
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
@@ -344,4 +344,4 @@ def test_the_time_of_a_tile_is_measured_on_a_full_batch():
         return nothing(images)
 
     assert inference.seconds_per_tile(scene, detector, grid_of(scene), 1.0, 4) > 0
-    assert shapes == [(4, 3, 128, 128)] * 2
+    assert shapes == [(4, 3, 48, 48)] * 2
