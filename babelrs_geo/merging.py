@@ -144,7 +144,6 @@ def _explained(
     inside = intersection_pairs(part.boxes[i], whole.boxes[j]) > options.containment * areas(part.boxes[i])
     explained = np.zeros(len(part), np.bool_)
     explained[i[inside]] = True
-    # a corner of a turned box, boxed in its own right, may lie outside it for the most part
     open_ = ~explained[i] & (part_tiles[i] != whole_tiles[j]).any(1)
     i, j = i[open_], j[open_]
     explained[i[_is_view(part.boxes[i], part_tiles[i], whole.boxes[j], options.seam)]] = True
@@ -152,8 +151,15 @@ def _explained(
 
 
 def _is_view(seen: Floats, tiles: Ints, full: Floats, limit: float) -> NDArray[np.bool_]:
-    """(N,) True where full[i] would look like seen[i] through tiles[i]."""
-    return rotated_iou_pairs(seen, clip(full, tiles)) > limit
+    """(N,) True where full[i] would look like seen[i] through tiles[i].
+
+    The box of what would be seen is compared first. It may lie along another side than the one that was found, where
+    both fit a tip about equally; so the tip itself is compared too. It fills as little as half of a box around it,
+    and the limit is lower for it.
+    """
+    area = areas_within(seen, full, tiles)
+    tip = area[:, 2] > 0.75 * limit * (area[:, 0] + area[:, 1] - area[:, 2])
+    return (area[:, 2] > 0) & (tip | (rotated_iou_pairs(seen, clip(full, tiles)) > limit))
 
 
 def _joined(pieces: Detections, tiles: Ints, options: MergeOptions) -> Detections:
@@ -164,44 +170,69 @@ def _joined(pieces: Detections, tiles: Ints, options: MergeOptions) -> Detection
     common = np.column_stack([np.maximum(tiles[i, :2], tiles[j, :2]), np.minimum(tiles[i, 2:], tiles[j, 2:])])
     area = areas_within(pieces.boxes[i], pieces.boxes[j], common)
     agreement = area[:, 2] / np.maximum(area[:, 0] + area[:, 1] - area[:, 2], 1e-300)
-    same = agreement > options.seam
-    for a, b in ((i, j), (j, i)):
-        open_ = np.flatnonzero(~same)
-        same[open_] = _is_view(pieces.boxes[a[open_]], tiles[a[open_]], pieces.boxes[b[open_]], options.seam)
-    i, j, agreement = i[same], j[same], agreement[same]
-    best_first = np.lexsort((j, i, -agreement))
+    i_in_j = _is_view(pieces.boxes[i], tiles[i], pieces.boxes[j], options.seam)
+    j_in_i = _is_view(pieces.boxes[j], tiles[j], pieces.boxes[i], options.seam)
+    same = np.flatnonzero((agreement > options.seam) | i_in_j | j_in_i)
+    best_first = same[np.lexsort((j[same], i[same], -agreement[same]))]
     _, tile = np.unique(tiles, axis=0, return_inverse=True)
     group = np.arange(len(pieces))
     _unite(i[best_first], j[best_first], tile.reshape(-1), group, np.arange(len(pieces)))
-    return _around(pieces, tiles, group)
+
+    # the tip of a turned object, boxed on its own, would only widen the box of a larger piece that shows it too
+    together = group[i] == group[j]
+    size = areas(pieces.boxes)
+    adds = np.ones(len(pieces), np.bool_)
+    adds[i[together & i_in_j & (size[i] < size[j])]] = False
+    adds[j[together & j_in_i & (size[j] <= size[i])]] = False
+    return _fused(pieces, tiles, group, adds)
 
 
-def _around(pieces: Detections, tiles: Ints, group: Ints) -> Detections:
-    """One detection for each group: the smallest box around what its members saw, with their best score."""
+def _fused(pieces: Detections, tiles: Ints, group: Ints, adds: NDArray[np.bool_]) -> Detections:
+    """One detection for each group, with its best score.
+
+    Of the box around all pieces, the box around those that add to it and the largest piece, the one is taken that
+    looks most like the pieces through their tiles.
+    """
     first, member = np.unique(group, return_inverse=True)
-    size = np.bincount(member)
-    boxes = pieces.boxes[first].copy()
-    several = np.flatnonzero(size[member] > 1)
-    if len(several):
-        which = member[several]
-        if pieces.oriented:
-            # the part of a box beyond its tile was not seen
-            points = outlines(pieces.boxes[several], tiles[several])
-            target, number = np.unique(which, return_inverse=True)
-            by = np.argsort(number, kind="stable")
-            cloud = shapely.multipoints(points[by].reshape(-1, 2), indices=np.repeat(number[by], 8))
-            corner = shapely.get_coordinates(shapely.oriented_envelope(cloud)).reshape(-1, 5, 2)[:, :4]
-            boxes[target] = from_corners(corner)
-        else:
-            box = bounds(pieces.boxes[several])
-            low, high = np.full((len(first), 2), np.inf), np.full((len(first), 2), -np.inf)
-            np.minimum.at(low, which, box[:, :2])
-            np.maximum.at(high, which, box[:, 2:])
-            target = np.unique(which)
-            boxes[target] = from_xyxy(np.column_stack([low, high])[target])
+    largest = np.lexsort((-areas(pieces.boxes), member))[
+        np.searchsorted(np.sort(member), np.arange(len(first)))
+    ]
+    boxes = _around(pieces, tiles, member, np.ones(len(pieces), np.bool_), pieces.boxes[largest])
+    best = _likeness(boxes, pieces, tiles, member)
+    for other in (_around(pieces, tiles, member, adds, pieces.boxes[largest]), pieces.boxes[largest]):
+        likeness = _likeness(other, pieces, tiles, member)
+        better = likeness > best + 1e-9
+        boxes[better], best[better] = other[better], likeness[better]
     scores = np.full(len(first), -np.inf, np.float32)
     np.maximum.at(scores, member, pieces.scores)
     return Detections(boxes, scores, pieces.labels[first], pieces.classes, pieces.oriented)
+
+
+def _likeness(boxes: Floats, pieces: Detections, tiles: Ints, member: Ints) -> Floats:
+    """(groups,) mean IoU of the pieces with their group's box as seen through their tiles."""
+    iou = rotated_iou_pairs(pieces.boxes, clip(boxes[member], tiles))
+    return np.bincount(member, iou) / np.bincount(member)
+
+
+def _around(pieces: Detections, tiles: Ints, member: Ints, adds: NDArray[np.bool_], alone: Floats) -> Floats:
+    """(groups, 5) the smallest box around what the pieces that add saw; `alone` where that is one piece."""
+    boxes = alone.copy()
+    several = np.flatnonzero(adds & (np.bincount(member[adds], minlength=len(alone))[member] > 1))
+    target, number = np.unique(member[several], return_inverse=True)
+    if len(several) and pieces.oriented:
+        # the part of a box beyond its tile was not seen
+        points = outlines(pieces.boxes[several], tiles[several])
+        by = np.argsort(number, kind="stable")
+        cloud = shapely.multipoints(points[by].reshape(-1, 2), indices=np.repeat(number[by], 8))
+        corner = shapely.get_coordinates(shapely.oriented_envelope(cloud)).reshape(-1, 5, 2)
+        boxes[target] = from_corners(corner[:, :4])
+    elif len(several):
+        box = bounds(pieces.boxes[several])
+        low, high = np.full((len(target), 2), np.inf), np.full((len(target), 2), -np.inf)
+        np.minimum.at(low, number, box[:, :2])
+        np.maximum.at(high, number, box[:, 2:])
+        boxes[target] = from_xyxy(np.column_stack([low, high]))
+    return boxes
 
 
 @compiled
