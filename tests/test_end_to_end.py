@@ -186,3 +186,56 @@ def test_interrupted_by_a_signal_it_ends_at_once_with_130_and_leaves_nothing(tmp
     assert told.split("\n")[-2] == "babelrs-geo: error: interrupted, nothing was written"
     assert "Traceback" not in told
     assert [path.name for path in tmp_path.iterdir()] == ["large.tif"]
+
+
+HARBOUR = PACKAGE.parent / "examples" / "harbour_sar.tif"
+
+
+def same_rows(one, other):
+    """The same objects: coordinates within .01 px, scores within 1e-3."""
+    assert len(one.detections) == len(other.detections)
+    a, b = (each.detections[np.lexsort(each.detections.boxes[:, :2].round(1).T)] for each in (one, other))
+    np.testing.assert_allclose(a.boxes, b.boxes, atol=0.01)
+    np.testing.assert_allclose(a.scores, b.scores, atol=1e-3)
+    np.testing.assert_array_equal(a.labels, b.labels)
+
+
+@pytest.mark.slow
+def test_bundled_weights_give_the_same_content_again_and_the_same_rows_in_other_batches(tmp_path):
+    def found(batch):
+        with bg.open_scene(HARBOUR) as scene:
+            return bg.detect(scene, options=bg.DetectOptions(tile=384, overlap=96, batch=batch))
+
+    first, again, single = found(5), found(5), found(1)
+    assert len(first.features) > 0
+    np.testing.assert_array_equal(first.detections.boxes, again.detections.boxes)
+    np.testing.assert_array_equal(first.detections.scores, again.detections.scores)
+    same_rows(first, single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sensor", "bands", "kind"), [("ir", 1, "oriented"), ("rgb", 3, "oriented")])
+def test_bundled_weights_take_every_sensor_from_file_to_file(tmp_path, sensor, bands, kind):
+    rng = np.random.default_rng(5)
+    picture = rng.integers(1, 255, (bands, 40, 60), dtype=np.uint8).repeat(6, 1).repeat(6, 2)
+    metre = Affine.translation(380_000, 3_735_000) @ Affine.scale(0.3, -0.3)
+    path = write_scene(tmp_path / "town.tif", picture, transform=metre)
+    with bg.open_scene(path, sensor) as scene:
+        found = bg.detect(scene, options=bg.DetectOptions(tile=256, overlap=64, score=0.01))
+    output = gpd.read_file(found.save(tmp_path / "town.gpkg"), layer="detections")
+    assert len(output) == len(found.features) > 0
+    assert set(output["box"]) == {kind} and set(output["sensor"]) == {sensor}
+    x, y = output["px_x"], output["px_y"]
+    assert ((x >= 0) & (x <= 360) & (y >= 0) & (y <= 240)).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_rows_as_the_processor():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    results = []
+    for device in ("cpu", "cuda"):
+        with bg.open_scene(HARBOUR) as scene:
+            results.append(bg.detect(scene, options=bg.DetectOptions(device=device)))
+    same_rows(*results)
