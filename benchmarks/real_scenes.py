@@ -35,14 +35,13 @@ from babelrs_geo import DetectOptions, detect, open_scene
 from babelrs_geo.models import zoo
 
 if TYPE_CHECKING:
-    from babelrs_geo.models.zoo import Weights
-
     from babelrs_geo.detections import Detections
+    from babelrs_geo.models.zoo import Weights
     from babelrs_geo.scenes import Scene
 
 MARKS = Path(__file__).resolve().parent.parent / "tests" / "marks"
 SWEPT_SCORES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SWEPT_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
+SWEPT_SCALES = (0.33, 0.5, 0.67, 1.0, 1.5, 2.0, 3.0)
 GCP_RESIDUAL_PX = 0.1
 FALSE_ALARMS_PER_MEGAPIXEL = 1.0
 

@@ -21,9 +21,8 @@ from babelrs_geo import boxes as bx
 from real.pictures import Layer, draw
 
 if TYPE_CHECKING:
-    from babelrs_geo.models.zoo import Weights
-
     from babelrs_geo.detections import Detections
+    from babelrs_geo.models.zoo import Weights
     from babelrs_geo.scenes import Scene
 
 Floats = NDArray[np.float64]

@@ -28,7 +28,6 @@ from real.pictures import Layer, draw
 
 if TYPE_CHECKING:
     from babelrs_geo.models.zoo import Weights
-
     from babelrs_geo.scenes import Scene
 
 LAW_OFFSET_CK, LAW_STEP_CK = 27315, 20
@@ -176,8 +175,9 @@ def _ap50(found: list[Detections], frames: list[Frame]) -> dict[str, Any]:
     ap: dict[str, float] = dict(
         zip(measured.classes, np.asarray(measured.ap, np.float64)[:, 0].tolist(), strict=True)
     )
-    by_class: dict[str, Any] = {name: round(value, 4) for name, value in ap.items()}
-    return by_class | {"mean": float(np.nanmean([ap[name] for name in JUDGED]))}
+    # A class without an object in these frames has no AP.
+    by_class: dict[str, Any] = {name: None if np.isnan(v) else round(v, 4) for name, v in ap.items()}
+    return by_class | {"mean": round(float(np.nanmean([ap[name] for name in JUDGED])), 4)}
 
 
 def _picture(path: Path, scene: Scene, frames: list[Frame], found: Detections, weights: Weights) -> None:
