@@ -337,7 +337,7 @@ class Scene:
             collar = self._found_collar()
             near = collar.covers(rows, columns)
             if near is not None:
-                dark = raw if raw.dtype.kind == "u" else np.abs(raw)
+                dark: NDArray[Any] = raw if raw.dtype.kind == "u" else np.abs(raw)
                 valid &= ~(near & (dark <= collar.tolerance).all(axis=0))
         return raw, valid
 
