@@ -9,28 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_model import TINY
 
 from babelrs_geo.errors import OutputError, ParameterError, WeightsError
 from babelrs_geo.models import checkpoints, zoo
 from babelrs_geo.models.checkpoints import Header
-from babelrs_geo.models.detector import COMPACT, Detector, DetectorConfig
-from babelrs_geo.models.vit import ViTConfig
-
-TINY = replace(
-    COMPACT,
-    backbone=replace(
-        COMPACT.backbone,
-        vit=ViTConfig(64, 16, 24, 2, 2),
-        stages=(1, 1),
-        heads=2,
-        prior="convolutional",
-        prior_width=8,
-    ),
-    neck_channels=32,
-    gfl=replace(COMPACT.gfl, channels=32, groups=8, score=0.0),
-    rpn=replace(COMPACT.rpn, channels=16, proposals=20),
-    roi=replace(COMPACT.roi, channels=16, score=0.0),
-)
+from babelrs_geo.models.detector import Detector, DetectorConfig
 
 
 def header(config: DetectorConfig = TINY) -> Header:

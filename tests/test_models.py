@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny_model import TINY
 from torch import Tensor
 
 from babelrs_geo.boxes import from_le90, rotated_iou_pairs
@@ -268,19 +269,7 @@ def test_rotated_nms_keeps_classes_apart() -> None:
 @pytest.fixture(scope="module")
 def tiny() -> Detector:
     torch.manual_seed(0)
-    from dataclasses import replace
-
-    backbone = replace(COMPACT.backbone, vit=ViTConfig(64, 16, 24, 2, 2), stages=(1, 1), heads=2)
-    return Detector(
-        replace(
-            COMPACT,
-            backbone=replace(backbone, prior="convolutional", prior_width=8),
-            neck_channels=32,
-            gfl=replace(COMPACT.gfl, channels=32, groups=8, score=0.0),
-            rpn=replace(COMPACT.rpn, channels=16, proposals=20),
-            roi=replace(COMPACT.roi, channels=16, score=0.0),
-        )
-    ).eval()
+    return Detector(TINY).eval()
 
 
 def test_the_compact_configuration_is_small_enough() -> None:
