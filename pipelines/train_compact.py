@@ -7,7 +7,6 @@ instead of ImageNet's. What came of it is written by pipelines/release_compact.p
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -21,12 +20,15 @@ from babelrs_geo.models.imagenet import load_efficientnet_lite0
 from babelrs_geo.training import TrainOptions, freeze_prior, train
 
 
-def options_from(path: Path) -> TrainOptions:
-    """Training options of a YAML file."""
-    values = yaml.safe_load(path.read_text())
-    for sensor, own in values["augment"].items():
-        values["augment"][sensor] = Augment(**own | {"scale": tuple(own["scale"])})
-    return TrainOptions(**values)
+def phases(path: Path) -> list[TrainOptions]:
+    """Training options of a YAML file, one a phase."""
+    document = yaml.safe_load(path.read_text())
+    found = []
+    for phase in document["phases"]:
+        for sensor, own in phase["augment"].items():
+            phase["augment"][sensor] = Augment(**own | {"scale": tuple(own["scale"])})
+        found.append(TrainOptions(**document["common"] | phase))
+    return found
 
 
 def main() -> None:
@@ -37,16 +39,13 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder in SOI-Det's layout")
     parser.add_argument("out", type=Path, help="folder of the run: last.pt and log.jsonl")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".yaml"))
-    parser.add_argument("--steps", type=int, help="instead of the configuration's")
     parser.add_argument("--start", type=Path, help="safetensors to begin from")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    options = options_from(args.config)
-    if args.steps:
-        options = dataclasses.replace(options, steps=args.steps)
-    records = {s: read_split(args.data, s, "train", COMPACT.classes[s]) for s in options.quota}
-    torch.manual_seed(options.seed)
+    plan = phases(args.config)
+    records = {s: read_split(args.data, s, "train", names) for s, names in COMPACT.classes.items()}
+    torch.manual_seed(plan[0].seed)
     model = Detector(COMPACT)
     if args.start:
         from safetensors.torch import load_file
@@ -55,7 +54,8 @@ def main() -> None:
     else:
         load_efficientnet_lite0(model.backbone.spm.get_submodule("trunk"))
     freeze_prior(model)
-    train(model, records, options, args.out, args.device)
+    for options in plan:
+        train(model, records, options, args.out, args.device)
 
 
 if __name__ == "__main__":
