@@ -443,6 +443,19 @@ def test_existing_files_are_kept_unless_told_otherwise(
     assert len(read(path, "detections")) == len(found)
 
 
+def test_a_run_that_was_overtaken_by_another_keeps_the_others_file(
+    tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from babelrs_geo.vectors import files
+
+    path = tmp_path / "out.gpkg"
+    monkeypatch.setattr(files, "_flush", lambda _: path.write_text("theirs"))
+    with pytest.raises(OutputError, match="--overwrite"):
+        vectors.write(path, found, ground, PROVENANCE)
+    assert path.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_companion_of_an_output_is_kept_too(
     tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame
 ) -> None:

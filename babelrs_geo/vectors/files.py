@@ -99,11 +99,8 @@ def write(
             _flush(draft)
         check_target(path, overwrite=overwrite)  # another run may have finished meanwhile
         if path.suffix.lower() == ".gpkg":
-            for ending in (
-                "-wal",
-                "-shm",
-                "-journal",
-            ):  # SQLite would replay an old file's journal into the new one
+            # SQLite would replay the journal of the file that goes into the one that comes.
+            for ending in ("-wal", "-shm", "-journal"):
                 path.with_name(path.name + ending).unlink(missing_ok=True)
         for draft in reversed(drafts):  # the named file last: where it is, all is
             draft.replace(path.parent / draft.name)
