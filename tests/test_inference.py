@@ -237,6 +237,18 @@ def test_boxes_come_back_in_scene_pixels_at_any_scale(scale):
     assert coverage.inners[:, 2:].prod(1).sum() == 100 * 100
 
 
+@settings(max_examples=20, deadline=None)
+@given(pictures(), st.floats(0.2, 3.0))
+def test_inners_partition_the_scene_at_any_scale(picture, scale):
+    width, height, tile, overlap, _ = picture
+    scene = scene_of(width, height, [])
+    _, coverage = run(scene, nothing, grid_of(scene, tile, overlap, scale), scale)
+    painted = np.zeros((height, width), int)
+    for x, y, w, h in coverage.inners:
+        painted[y : y + h, x : x + w] += 1
+    assert (painted == 1).all()
+
+
 class LeftHalf:
     """An area of interest: the scene's columns below 40."""
 
@@ -317,10 +329,10 @@ def test_other_faults_of_a_detector_and_interruptions_pass_through_and_leave_no_
         def broken(images, error=error):
             raise error
 
-        scene = scene_of(300, 300, [], pause=0.002)
+        scene = scene_of(400, 400, [], pause=0.02)
         with pytest.raises(type(error)):
-            run(scene, broken, grid_of(scene))
-        assert len(scene.reads) < 40
+            run(scene, broken, grid_of(scene), options=InferenceOptions(ahead=100))
+        assert len(scene.reads) < 60  # what was queued is not read any more
     assert not [t for t in threading.enumerate() if t.name.startswith("babelrs-geo")]
 
 
