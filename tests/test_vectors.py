@@ -263,6 +263,38 @@ def test_edges_of_the_coverage_follow_ground_control_points() -> None:
     assert off.max() < 0.05
 
 
+@pytest.mark.parametrize("name", ["utm-turned", "gcps"])
+def test_an_area_of_interest_cuts_the_coverage_and_no_tile_is_lost(name: str) -> None:
+    georef = GEOREFS[name]
+    inners = [tuple(tile.inner) for tile in Grid(400, 400, tile=100, overlap=0)]
+    states = ["detected", "empty", "failed", "outside"] * 4  # four columns
+    table = vectors.coverage(inners, states, [""] * 16, georef)
+
+    def window(x: float, y: float, width: float, height: float) -> shapely.Polygon:
+        sides = shapely.get_coordinates(shapely.segmentize(shapely.box(x, y, x + width, y + height), 5))
+        return shapely.Polygon(np.stack(georef.to_map(*sides.T), -1))
+
+    part = vectors.cut(table, window(50, 50, 100, 300))
+    assert part["state"].tolist() == ["detected", "empty", "outside"]
+    assert part["tiles"].tolist() == [4, 4, 8]
+    assert set(part.geom_type) == {"MultiPolygon"}
+    assert part["area_km2"].sum() == pytest.approx(table["area_km2"].sum(), rel=1e-5, abs=5e-6)
+    assert part["area_km2"].iloc[0] == pytest.approx(table["area_km2"].sum() * 50 * 300 / 400**2, rel=1e-3)
+    whole = vectors.cut(table, window(-50, -50, 500, 500))
+    assert whole["state"].tolist() == ["detected", "empty", "outside", "failed"]
+    assert whole["tiles"].tolist() == [4, 4, 4, 4]
+    assert whole["area_km2"].tolist() == pytest.approx(table["area_km2"].tolist(), abs=2e-6)
+
+
+def test_an_area_along_the_edges_of_tiles_leaves_polygons_alone() -> None:
+    table = vectors.coverage([[0, 0, 9, 9], [9, 0, 9, 9]], ["detected", "empty"], ["", ""], Georef())
+    part = vectors.cut(table, shapely.box(0, 0, 9, 9))
+    assert part["state"].tolist() == ["detected", "outside"]
+    assert part["tiles"].tolist() == [1, 1]
+    assert set(part.geom_type) == {"MultiPolygon"}
+    assert part.area.tolist() == [81, 81]
+
+
 # --- files ---
 
 

@@ -27,7 +27,7 @@ negative y: the processing tool "Affine transform" with a scale of -1 in y lays 
 
 from babelrs_geo.vectors.areas import read_area
 from babelrs_geo.vectors.files import PROVENANCE_KEY, SUFFIXES, check_target, clock, write
-from babelrs_geo.vectors.tables import Origin, area_km2, coverage, features
+from babelrs_geo.vectors.tables import Origin, area_km2, coverage, cut, features
 
 __all__ = [
     "PROVENANCE_KEY",
@@ -37,6 +37,7 @@ __all__ = [
     "check_target",
     "clock",
     "coverage",
+    "cut",
     "features",
     "read_area",
     "write",

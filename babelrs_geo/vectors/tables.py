@@ -181,6 +181,37 @@ def coverage(
     return ground
 
 
+def cut(ground: gpd.GeoDataFrame, area: shapely.Geometry) -> gpd.GeoDataFrame:
+    """A coverage with all ground beyond `area` (in its CRS) moved to one row of state `outside`.
+
+    Tiles are still all counted: those that keep some ground in the area where they were, the others as outside.
+    """
+    shapes = ground.geometry.to_numpy()
+    looked = (ground["state"] != "outside").to_numpy()
+    within = np.array([_surfaces(shape) for shape in shapely.intersection(shapes, area)], object)
+    kept = looked & ~shapely.is_empty(within)
+    beyond = _surfaces(
+        shapely.union_all([shapely.difference(shapely.union_all(shapes), area), *shapes[~kept]])
+    )
+    outside = int(ground.loc[~kept, "tiles"].sum())
+    table = ground.drop(columns="geometry")[kept]
+    drawn = within[kept]
+    if outside or not beyond.is_empty:
+        row = {"state": ["outside"], "reason": [""], "tiles": [outside], "area_km2": [0.0]}
+        place = int((table["state"].map(qgis.STATES.index) < qgis.STATES.index("outside")).sum())
+        table = pd.concat([table[:place], pd.DataFrame(row), table[place:]], ignore_index=True)
+        drawn = np.insert(drawn, place, beyond)
+    result = gpd.GeoDataFrame(table.reset_index(drop=True), geometry=drawn, crs=ground.crs)
+    result["area_km2"] = area_km2(result.geometry)
+    return result
+
+
+def _surfaces(shape: shapely.Geometry) -> shapely.MultiPolygon:
+    """The polygons of a geometry, without the lines and points that intersections leave where edges touch."""
+    parts = shapely.get_parts(shapely.get_parts(shape))
+    return shapely.multipolygons(parts[shapely.get_dimensions(parts) == 2])
+
+
 def area_km2(geometry: gpd.GeoSeries) -> Floats:
     """Geodesic area in square kilometres of a few (multi)polygons in any CRS, (N,); NaN without a CRS."""
     if geometry.crs is None:
