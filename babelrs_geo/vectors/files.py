@@ -76,8 +76,9 @@ def write(
         provenance: text keys; values JSON can hold, dates and paths.
         overwrite: replace files that exist.
 
-    Raises OutputError where the files exist or cannot be written, or features in pixels should become
-    GeoJSON.
+    Raises OutputError where the files exist or cannot be written, or where features without a CRS should become
+    GeoJSON. An exception or Ctrl-C leaves nothing behind. A killed process (SIGKILL, power) may leave a hidden
+    folder `.NAME.*`, which can be deleted; a file of the output's own name is always whole.
     """
     path = Path(path)
     check_target(path, overwrite=overwrite)
