@@ -19,12 +19,15 @@ from typing import Any, Literal
 
 import numpy as np
 import pyproj
+import rasterio
 from affine import Affine
 from numpy.typing import ArrayLike, NDArray
+from rasterio._err import CPLE_BaseError  # transformers let GDAL's own errors through
 from rasterio.control import GroundControlPoint
 from rasterio.enums import TransformDirection
 from rasterio.errors import RasterioError
 from rasterio.rpc import RPC
+from rasterio.session import DummySession
 from rasterio.transform import GCPTransformer, RPCTransformer
 
 from babelrs_geo.errors import GeorefError
@@ -269,8 +272,9 @@ def _cached(key: object, make: Callable[[], Any]) -> Any:
         while len(held) >= 8:
             held.pop(next(iter(held))).close()
         try:
-            held[key] = make()
-        except (RasterioError, ValueError) as error:
+            with rasterio.Env(session=DummySession()):  # GDAL's complaints become exceptions, not stderr
+                held[key] = make()
+        except (RasterioError, CPLE_BaseError, ValueError) as error:
             raise GeorefError(f"GDAL cannot use this georeference: {_line(error)}") from error
     return held[key]
 
@@ -300,8 +304,9 @@ def _call(
     if not a.size:
         return a.copy(), b.copy()
     try:
-        u, v = transformer._transform(a, b, np.zeros(a.size), direction)
-    except RasterioError as error:
+        with rasterio.Env(session=DummySession()):
+            u, v = transformer._transform(a, b, np.zeros(a.size), direction)
+    except (RasterioError, CPLE_BaseError) as error:
         raise GeorefError(f"GDAL cannot place these pixels: {_line(error)}") from error
     u, v = np.array(u, np.float64), np.array(v, np.float64)
     bad = ~(np.isfinite(u) & np.isfinite(v))

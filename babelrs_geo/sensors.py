@@ -71,10 +71,6 @@ KINDS: dict[Sensor, tuple[str, ...]] = {
 
 _DB_FLOOR = -200.0  # dB: amplitude 1e-10, zero for every purpose, yet a number JSON can hold
 _SAR_BACKGROUND = 12.0  # high = this times the 25th percentile of the amplitude
-_SPREAD = {  # percentiles of the scene, and the 8-bit values they have in the training frames
-    Sensor.IR: ((0.5, 99.5), (24.0, 224.0)),
-    Sensor.RGB: ((0.5, 99.5), (3.0, 248.0)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,22 +236,47 @@ def estimate(
     )
 
 
-def _range(sensor: Sensor, kind: str, unit: NDArray[np.float64]) -> tuple[float, float]:
-    """What becomes 0 and 1, in the kind's unit, from finite samples in that unit (the module's text says
-    why).
+def sar_range(kind: str, values: NDArray[np.float64]) -> tuple[float, float]:
+    """What becomes 0 and 1 for SAR, in the kind's unit, from finite values in that unit, not empty.
+
+    From amplitude 0 to twelve times its 25th percentile, or to its 95th where that is larger (the module's
+    text says why). Where 95 % of the scene are zero, the brightest pixel is the top.
     """
-    if sensor is Sensor.SAR:
-        p25, p95 = np.percentile(to_linear(kind, unit), [25.0, 95.0])
-        high = float(max(_SAR_BACKGROUND * p25, p95))
-        if high <= 0.0:  # nothing but zeros in 95 % of the scene: the brightest pixel sets the range
-            high = float(to_linear(kind, unit).max()) or 1.0
-        return (_DB_FLOOR if kind == "db" else 0.0), _from_linear(kind, high)
-    (low_share, high_share), (low_byte, high_byte) = _SPREAD[sensor]
-    p_low, p_high = (float(v) for v in np.percentile(unit, [low_share, high_share]))
-    step = (p_high - p_low) / (high_byte - low_byte)
+    amplitude = to_linear(kind, values)
+    p25, p95 = np.percentile(amplitude, [25.0, 95.0])
+    high = float(max(_SAR_BACKGROUND * p25, p95)) or float(amplitude.max()) or 1.0
+    return (_DB_FLOOR if kind == "db" else 0.0), _from_linear(kind, high)
+
+
+def infrared_range(values: NDArray[np.float64]) -> tuple[float, float]:
+    """What becomes 0 and 1 for infrared, in any unit, from finite values, not empty.
+
+    The .5th and 99.5th percentiles go to 24 and 224 of 255, where the HIT-UAV frames have theirs.
+    """
+    return _anchored(values, 24.0, 224.0)
+
+
+def colour_range(values: NDArray[np.float64]) -> tuple[float, float]:
+    """What becomes 0 and 1 for one colour band of more than 8 bits, from finite values, not empty.
+
+    The .5th and 99.5th percentiles go to 3 and 248 of 255, where the NWPU VHR-10 frames have theirs.
+    """
+    return _anchored(values, 3.0, 248.0)
+
+
+def _anchored(values: NDArray[np.float64], low_byte: float, high_byte: float) -> tuple[float, float]:
+    """The range that puts the .5th and 99.5th percentiles at two 8-bit values."""
+    low, high = (float(v) for v in np.percentile(values, [0.5, 99.5]))
+    step = (high - low) / (high_byte - low_byte)
     if step <= 0.0:  # one value nearly everywhere: a range of one unit keeps it dark and finite
-        return p_low, p_low + 1.0
-    return p_low - low_byte * step, p_high + (255.0 - high_byte) * step
+        return low, low + 1.0
+    return low - low_byte * step, high + (255.0 - high_byte) * step
+
+
+def _range(sensor: Sensor, kind: str, values: NDArray[np.float64]) -> tuple[float, float]:
+    if sensor is Sensor.SAR:
+        return sar_range(kind, values)
+    return infrared_range(values) if sensor is Sensor.IR else colour_range(values)
 
 
 _POLARISATION = re.compile(r"(?<![a-z])([vh][vh])(?![a-z])", re.IGNORECASE)

@@ -12,6 +12,7 @@ import pytest
 import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rasterio._env import get_gdal_config
 from rasterio.control import GroundControlPoint
 from rasterio.features import rasterize, shapes
 from rasterio.rpc import RPC
@@ -20,7 +21,7 @@ from rasterio.transform import Affine
 from babelrs_geo.errors import BabelError, ParameterError, SceneError, SensorError
 from babelrs_geo.scenes import SceneOptions, open_scene
 from babelrs_geo.scenes.collar import find
-from babelrs_geo.scenes.reader import gdal_path
+from babelrs_geo.scenes.reader import CACHE_MB, gdal, gdal_path
 from babelrs_geo.sensors import Radiometry, Sensor
 from babelrs_geo.tiling import Grid
 
@@ -203,15 +204,18 @@ def test_a_colour_may_hold_the_number_that_means_nodata_in_one_band(make_raster)
     assert not valid[20, 20]
 
 
-def test_nodata_that_the_type_cannot_hold_marks_nothing(make_raster, tmp_path):
-    path = make_raster(GREY)
+@pytest.mark.parametrize(("dtype", "nodata", "share"), [("Byte", "-9999", 1.0), ("Float32", "0.1", 0.5)])
+def test_nodata_that_the_type_holds_only_rounded_or_not_at_all(make_raster, tmp_path, dtype, nodata, share):
+    pixels = np.full((1, 10, 20), 50.0, np.float32)
+    pixels[..., :10] = 0.1
+    path = make_raster(pixels.astype(np.uint8) + 1 if dtype == "Byte" else pixels)
     vrt = tmp_path / "odd.vrt"
     vrt.write_text(
-        f'<VRTDataset rasterXSize="130" rasterYSize="90"><VRTRasterBand dataType="Byte" band="1">'
-        f"<NoDataValue>-9999</NoDataValue><SimpleSource><SourceFilename>{path}</SourceFilename>"
+        f'<VRTDataset rasterXSize="20" rasterYSize="10"><VRTRasterBand dataType="{dtype}" band="1">'
+        f"<NoDataValue>{nodata}</NoDataValue><SimpleSource><SourceFilename>{path}</SourceFilename>"
         f"<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
     )
-    assert open_scene(vrt, "sar").valid_share == 1.0
+    assert open_scene(vrt, "sar").valid_share == share
 
 
 def test_a_mask_and_an_alpha_band_come_along_at_overview_levels(make_raster):
@@ -221,6 +225,15 @@ def test_a_mask_and_an_alpha_band_come_along_at_overview_levels(make_raster):
     for name, pixels, what in (("m", large, {"mask": lit}), ("a", alpha, {"colours": (*RGB, "alpha")})):
         scene = open_scene(make_raster(pixels, name, overviews=(2, 4), **{"colours": RGB, **what}))
         np.testing.assert_array_equal(whole(scene, 0.25).valid, np.broadcast_to(~LEFT, (90, 130)))
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.3, 0.7, 1.4])
+def test_what_is_not_valid_takes_no_part_in_what_is(make_raster, scale):
+    flat = np.where(RNG.random((1, 200, 160)) < 0.3, -9999.0, 200.0).astype(np.float32)
+    scene = open_scene(make_raster(flat, nodata=-9999.0), "sar", SceneOptions(limits=(0.0, 400.0)))
+    pixels = whole(scene, scale)
+    assert pixels.valid.any()
+    np.testing.assert_allclose(pixels.image[:, pixels.valid], 0.5, rtol=1e-5)
 
 
 # The black collar
@@ -403,6 +416,13 @@ def test_threads_and_pickles_read_the_same(make_raster):
     np.testing.assert_array_equal(scene.read(windows[0]).image, expected[0])
 
 
+def test_the_block_cache_is_bounded_and_kept_between_reads(make_raster, monkeypatch):
+    monkeypatch.delenv("GDAL_CACHEMAX", raising=False)
+    open_scene(make_raster(COLOUR, colours=RGB)).read((0, 0, 5, 5))
+    with gdal():
+        assert int(get_gdal_config("GDAL_CACHEMAX")) == CACHE_MB << 20
+
+
 def test_a_lazy_view(make_raster):
     scene = open_scene(
         make_raster(COLOUR, colours=RGB, creation={"tiled": True, "blockxsize": 32, "blockysize": 16})
@@ -448,7 +468,19 @@ def test_georeferences_of_every_kind(make_raster):
     rational = open_scene(make_raster(GREY, "r", rpcs=rpc), "sar", SceneOptions(height=12.0))
     assert (rational.georef.kind, rational.georef.height) == ("rpcs", 12.0)
     assert "12 m" in rational.describe()["georeference"]
+    with pytest.raises(BabelError, match=r"no_such_dem\.tif"):
+        open_scene(make_raster(GREY, "r", rpcs=rpc), "sar", SceneOptions(dem="no_such_dem.tif"))
+    flat = make_raster(
+        np.full((1, 50, 50), 30, np.int16),
+        "dem",
+        crs="EPSG:4326",
+        transform=Affine(0.001, 0, -118.02, 0, -0.001, 33.02),
+    )
+    over = open_scene(make_raster(GREY, "r", rpcs=rpc), "sar", SceneOptions(dem=str(flat)))
+    # these RPCs know no height, so the ground's makes no difference
+    np.testing.assert_allclose(over.georef.to_map(65, 45), rational.georef.to_map(65, 45), atol=1e-8)
     assert open_scene(make_raster(GREY, "n", crs=None), "sar").georef.crs is None
+    assert open_scene(make_raster(GREY, "i", transform=None), "sar").georef.kind == "none"
 
 
 @pytest.mark.parametrize(

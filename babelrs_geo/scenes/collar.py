@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 LATTICE = 8192  # cells a side at most
 SMEAR = 8  # pixels a lossy block reaches, and the 8-bit values it smears black to
-_BLOCK = 512  # cells a side that are read at once
+_BLOCK = 1024  # pixels a side that are read at once, or 32 cells where that is more
 _FLOODED = 2  # 1 is solid black not reached yet, 0 all else
 
 ReadBlack = Callable[[tuple[int, int, int, int], tuple[int, int]], NDArray[np.bool_]]
@@ -82,8 +82,9 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
     cell = -(-max(width, height) // LATTICE)
     solid = 2 if cell == 1 else 1  # so a collar is at least 3 pixels wide at the border
     rows, columns = -(-height // cell), -(-width // cell)
+    block = max(_BLOCK // cell, 32)
     state = np.zeros((rows, columns), np.uint8)  # pages that are never touched take no memory
-    down, across = -(-rows // _BLOCK), -(-columns // _BLOCK)
+    down, across = -(-rows // block), -(-columns // block)
     border = {
         (r, c) for r in range(down) for c in range(across) if r in (0, down - 1) or c in (0, across - 1)
     }
@@ -91,8 +92,8 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
     while queue:  # row-major, so that GDAL's cache serves files stored in strips
         r, c = heapq.heappop(queue)
         queued.discard((r, c))
-        r0, c0 = r * _BLOCK, c * _BLOCK
-        r1, c1 = min(r0 + _BLOCK, rows), min(c0 + _BLOCK, columns)
+        r0, c0 = r * block, c * block
+        r1, c1 = min(r0 + block, rows), min(c0 + block, columns)
         if (r, c) not in seen:
             seen.add((r, c))
             ra, ca, rb, cb = (
@@ -118,10 +119,10 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
         return Collar(cell, (rows, columns), tolerance, b"")
     reach = solid + (-(-SMEAR // cell) if tolerance else int(cell > 1))
     packed = []
-    for r0 in range(0, rows, _BLOCK):
+    for r0 in range(0, rows, block):
         first = max(r0 - reach, 0)
-        near = _dilated(state[first : r0 + _BLOCK + reach] == _FLOODED, reach)
-        packed.append(np.packbits(near[r0 - first : r0 - first + _BLOCK], axis=1).tobytes())
+        near = _dilated(state[first : r0 + block + reach] == _FLOODED, reach)
+        packed.append(np.packbits(near[r0 - first : r0 - first + block], axis=1).tobytes())
     return Collar(cell, (rows, columns), tolerance, zlib.compress(b"".join(packed), 1))
 
 

@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
+from rasterio._env import set_gdal_config
 from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.session import DummySession
@@ -29,12 +31,13 @@ from babelrs_geo.sensors import Bands
 
 CACHE_MB = 256
 _OPTIONS = {  # an environment variable of the same name wins
-    "GDAL_CACHEMAX": CACHE_MB,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a JPEG cut short is otherwise filled with grey
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # a PNG cut short otherwise reads as noise, without an error
     "GDAL_HTTP_MAX_RETRY": 4,
     "GDAL_HTTP_RETRY_DELAY": 1,
     "GDAL_HTTP_CONNECTTIMEOUT": 30,
+    "GDAL_HTTP_LOW_SPEED_TIME": 60,  # a server that has stopped talking is an error after a minute
+    "GDAL_HTTP_LOW_SPEED_LIMIT": 1,
 }
 _SCHEMES = {  # how GDAL names what a browser or a cloud client names by URL
     "http://": "/vsicurl/http://",
@@ -46,9 +49,7 @@ _SCHEMES = {  # how GDAL names what a browser or a cloud client names by URL
     "file://": "",
 }
 _LOSSY = {"JPEG", "YCbCr JPEG", "WEBP", "JXL", "JPEG2000"}
-_opening = (
-    threading.Lock()
-)  # warnings.catch_warnings is not thread-safe; opening is rare enough to queue for it
+_opening = threading.Lock()  # warnings.catch_warnings is not thread-safe, and opening is rare: queue for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,16 @@ def _exists(text: str) -> bool:
         return Path(text).exists()
     except OSError:  # longer than a file name may be: inline XML of a VRT, say
         return False
+
+
+@cache
+def _bound_cache() -> None:
+    """Bound GDAL's block cache, once a process: its default is a share of the machine, whatever else runs there.
+
+    Not an option of `gdal()`: rasterio takes that in bytes and undoes it at the end of every block.
+    """
+    if "GDAL_CACHEMAX" not in os.environ:
+        set_gdal_config("GDAL_CACHEMAX", CACHE_MB << 20)
 
 
 @contextmanager
@@ -209,6 +220,7 @@ def _open(path: str, given: str, level: int | None) -> Any:
     """A new handle. SceneError, one line, where the file is missing or no raster."""
     if not path.startswith("/vsi") and ":" not in path and not _exists(path):
         raise SceneError(f"{given} does not exist; check the path")
+    _bound_cache()
     options = {} if level is None else {"overview_level": level}
     with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -238,8 +250,9 @@ def _facts(dataset: Any, given: str, height: float, dem: str | None) -> Facts:
     every = [*tags.items(), *(item for b in dataset.indexes for item in dataset.tags(b).items())]
     for domain in ("IMAGERY", "EXIF"):
         every += dataset.tags(ns=domain).items()
-    lossless = structure.get("COMPRESSION_REVERSIBILITY", "").startswith("LOSSLESS")
+    reversible = structure.get("COMPRESSION_REVERSIBILITY", "")  # JPEG 2000 and WebP say so themselves
     compression = structure.get("COMPRESSION", "JPEG" if dataset.driver == "JPEG" else "")
+    lossy = reversible == "LOSSY" or (compression in _LOSSY and not reversible.startswith("LOSSLESS"))
     return Facts(
         width=dataset.width,
         height=dataset.height,
@@ -248,7 +261,7 @@ def _facts(dataset: Any, given: str, height: float, dem: str | None) -> Facts:
         masked=any(MaskFlags.per_dataset in f or MaskFlags.alpha in f for f in flags),
         overviews=tuple(dataset.overviews(1)),
         block=tuple(dataset.block_shapes[0]),
-        lossy=compression in _LOSSY and not lossless,
+        lossy=lossy,
         tags=tuple((str(k), str(v)) for k, v in dict(every).items()),
         bands=Bands(
             dtype=str(np.result_type(*("complex64" if d == "complex_int16" else d for d in dtypes))),
@@ -256,7 +269,7 @@ def _facts(dataset: Any, given: str, height: float, dem: str | None) -> Facts:
             descriptions=tuple(d or "" for d in dataset.descriptions),
             units=tuple(u or "" for u in dataset.units),
             tags="\n".join(f"{k}={v}" for k, v in every),
-            name=Path(given).name,
+            name=Path(given.partition("?")[0] if "://" in given else given).name,
             scale=tuple(dataset.scales),
             offset=tuple(dataset.offsets),
         ),
@@ -269,7 +282,7 @@ def _georef(dataset: Any, height: float, dem: str | None) -> Georef:
     order.
     """
     crs = dataset.crs.to_wkt() if dataset.crs else None
-    if not dataset.transform.is_identity or (crs and not dataset.gcps[0] and not dataset.rpcs):
+    if not dataset.transform.is_identity:  # GDAL's way to say that there is none, whatever the CRS
         return Georef.from_affine(dataset.transform, crs)
     points, gcp_crs = dataset.gcps
     if len(points) > 4 or (points and not dataset.rpcs):
@@ -277,7 +290,7 @@ def _georef(dataset: Any, height: float, dem: str | None) -> Georef:
             [(p.col, p.row, p.x, p.y) for p in points], gcp_crs.to_wkt() if gcp_crs else None
         )
     if dataset.rpcs:
-        return Georef.from_rpcs(dataset.rpcs.to_gdal(), height, dem)
+        return Georef.from_rpcs(dataset.rpcs.to_gdal(), height, dem and gdal_path(dem))
     return Georef()
 
 

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,7 +116,8 @@ class Scene:
         self.options = options or SceneOptions()
         self._reader = Reader(path, height=self.options.height, dem=self.options.dem)
         facts = self._reader.facts
-        self.path, self.name, self.georef = self._reader.path, Path(facts.bands.name).name, facts.georef
+        self.path, self.name, self.georef = self._reader.path, facts.bands.name, facts.georef
+        self.georef.to_map(0.0, 0.0)  # control points or RPCs that GDAL cannot use are told at once
         if sensor is None:
             self.sensor, self.sensor_reason = infer(facts.bands)
         else:
