@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -414,6 +415,17 @@ def test_threads_and_pickles_read_the_same(make_raster):
                 np.testing.assert_array_equal(image, known)
     scene.close()
     np.testing.assert_array_equal(scene.read(windows[0]).image, expected[0])
+
+
+def test_threads_that_end_leave_no_file_open(make_raster):
+    scene = open_scene(make_raster(COLOUR, colours=RGB))
+    for _ in range(5):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(scene.read, (0, 0, 5, 5)).result()
+    gc.collect()
+    assert len(scene._reader._held) <= 1
+    scene.close()
+    assert len(scene._reader._held) == 0
 
 
 def test_the_block_cache_is_bounded_and_kept_between_reads(make_raster, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class Reader:
     def _reset(self) -> None:
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._held: list[Any] = []
+        self._held: weakref.WeakSet[Any] = weakref.WeakSet()  # a thread that ends closes its own
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Reader:
     def close(self) -> None:
         """Close the handles of all threads; a later read opens new ones."""
         with self._lock:
-            held, self._held = self._held, []
+            held, self._held = list(self._held), weakref.WeakSet()
             self._local = threading.local()
         for dataset in held:
             dataset.close()
@@ -159,7 +160,7 @@ class Reader:
         if level not in handles:
             handles[level] = _open(self.path, self.given, level)
             with self._lock:
-                self._held.append(handles[level])
+                self._held.add(handles[level])
         return handles[level]
 
     def shape(self, level: int | None) -> tuple[int, int]:
