@@ -109,8 +109,14 @@ class Georef:
         return cls("gcps", text, gcps=tuple((p, q, x, y) for p, q, x, y in table.tolist()))
 
     @classmethod
-    def from_rpcs(cls, rpcs: dict[str, str], height: float = 0.0, dem: str | None = None) -> Georef:
-        """From RPCs under GDAL's names; map coordinates are EPSG:4326, longitude first."""
+    def from_rpcs(cls, rpcs: dict[str, str], height: float | None = None, dem: str | None = None) -> Georef:
+        """From RPCs under GDAL's names; map coordinates are EPSG:4326, longitude first.
+
+        Without a height the ground is that of the elevation model, or, without one either, the RPCs' own
+        `HEIGHT_OFF`: the middle of the heights they were fitted to, which is near the scene's mean ground.
+        """
+        if height is None:
+            height = 0.0 if dem is not None else float(rpcs["HEIGHT_OFF"].split()[0])
         return cls("rpcs", "EPSG:4326", rpcs=tuple(sorted(rpcs.items())), height=float(height), dem=dem)
 
     @cached_property

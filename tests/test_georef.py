@@ -8,10 +8,12 @@ import threading
 import numpy as np
 import pyproj
 import pytest
+import rasterio
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.rpc import RPC
+from rasterio.transform import from_origin
 
 from babelrs_geo.errors import GeorefError
 from babelrs_geo.georef import Georef
@@ -121,6 +123,26 @@ def test_rpcs_follow_their_definition():
     georef = Georef.from_rpcs(made_up_rpc().to_gdal(), height=100.0)
     px, py = georef.to_pixel(121.0, 14.5)
     assert (float(px), float(py)) == pytest.approx((6000.0 + 0.5, 5000.0 + 0.01 * 5000.0 + 0.5), abs=1e-6)
+
+
+def test_without_a_height_the_rpcs_own_mean_is_taken():
+    rpcs = made_up_rpc().to_gdal()
+    assert Georef.from_rpcs(rpcs) == Georef.from_rpcs(rpcs, 100.0)
+    assert Georef.from_rpcs(rpcs, dem="ground.tif").height == 0.0
+
+
+def test_rpcs_are_the_identity_over_hills(tmp_path):
+    y, x = np.mgrid[:400, :400]
+    hills = (100 + 80 * np.sin(x / 40) + 60 * np.cos(y / 30)).astype(np.float32)
+    place = {"crs": "EPSG:4326", "transform": from_origin(120.9, 14.6, 0.0005, 0.0005)}
+    shape = {"width": 400, "height": 400, "count": 1, "dtype": "float32"}
+    with rasterio.open(tmp_path / "hills.tif", "w", driver="GTiff", **shape, **place) as file:
+        file.write(hills[None])
+    over = Georef.from_rpcs(made_up_rpc().to_gdal(), dem=str(tmp_path / "hills.tif"))
+    px, py = np.random.default_rng(4).uniform(1000, 9000, (2, 200))
+    assert max(there_and_back(over, px, py)) < 0.05
+    flat = np.array(Georef.from_rpcs(made_up_rpc().to_gdal()).to_map(px, py))
+    assert np.abs(np.array(over.to_map(px, py)) - flat).max() > 1e-5  # the hills move what is seen
 
 
 def test_height_moves_what_an_oblique_camera_sees():

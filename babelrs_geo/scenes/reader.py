@@ -122,7 +122,9 @@ class Reader:
     cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, height: float = 0.0, dem: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, height: float | None = None, dem: str | None = None
+    ) -> None:
         self.given = os.fspath(path)
         self.path = gdal_path(path)
         self._reset()
@@ -233,7 +235,7 @@ def _open(path: str, given: str, level: int | None) -> Any:
             ) from error
 
 
-def _facts(dataset: Any, given: str, height: float, dem: str | None) -> Facts:
+def _facts(dataset: Any, given: str, height: float | None, dem: str | None) -> Facts:
     if dataset.count == 0:
         inside = dataset.subdatasets
         remedy = (
@@ -278,7 +280,7 @@ def _facts(dataset: Any, given: str, height: float, dem: str | None) -> Facts:
     )
 
 
-def _georef(dataset: Any, height: float, dem: str | None) -> Georef:
+def _georef(dataset: Any, height: float | None, dem: str | None) -> Georef:
     """The best georeference the file has: an affine, many GCPs, RPCs, few GCPs (mere corners), none, in this
     order.
     """

@@ -50,9 +50,9 @@ class SceneOptions:
     data)."""
     collar: bool = True
     """Treat black pixels connected to the border as not valid."""
-    height: float = 0.0
-    """RPC scenes: metres above the ellipsoid (above the elevation model where there is one) of what is
-    seen."""
+    height: float | None = None
+    """RPC scenes: metres above the ellipsoid (above the elevation model where there is one) of what is seen; if
+    None, the RPCs' own mean height (the elevation model's ground)."""
     dem: str | None = None
     """RPC scenes: path of an elevation model."""
 
