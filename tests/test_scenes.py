@@ -111,6 +111,17 @@ def test_bands_in_any_order_and_alpha_dropped(make_raster):
     np.testing.assert_array_equal(whole(scene).image, exact(COLOUR))
 
 
+def test_the_polarisation_may_be_a_metadata_item_of_the_band(make_raster):
+    path = make_raster(COLOUR[:2].astype(np.uint16))
+    with rasterio.open(path, "r+") as file:
+        file.update_tags(1, POLARISATION="VH")
+        file.update_tags(2, POLARISATION="VV")
+    scene = open_scene(path)
+    assert scene.sensor is Sensor.SAR
+    assert scene.radiometry.bands == (2,)
+    assert open_scene(path, options=SceneOptions(polarisation="VH")).radiometry.bands == (1,)
+
+
 def test_grey_copied_to_three_bands_is_grey(make_raster):
     scene = open_scene(make_raster(GREY.repeat(3, 0), colours=RGB), "sar")
     assert scene.radiometry.bands == (1,)

@@ -269,7 +269,7 @@ def _facts(dataset: Any, given: str, height: float | None, dem: str | None) -> F
         bands=Bands(
             dtype=str(np.result_type(*("complex64" if d == "complex_int16" else d for d in dtypes))),
             interpretations=tuple(c.name for c in dataset.colorinterp),
-            descriptions=tuple(d or "" for d in dataset.descriptions),
+            descriptions=tuple(_description(dataset, b) for b in dataset.indexes),
             units=tuple(u or "" for u in dataset.units),
             tags="\n".join(f"{k}={v}" for k, v in every),
             name=Path(given.partition("?")[0] if "://" in given else given).name,
@@ -278,6 +278,12 @@ def _facts(dataset: Any, given: str, height: float | None, dem: str | None) -> F
         ),
         georef=_georef(dataset, height, dem),
     )
+
+
+def _description(dataset: Any, band: int) -> str:
+    """What the file calls a band; GDAL's Sentinel-1 driver has the polarisation in a metadata item."""
+    tags = dataset.tags(band)
+    return dataset.descriptions[band - 1] or tags.get("POLARISATION") or tags.get("POLARIZATION") or ""
 
 
 def _georef(dataset: Any, height: float | None, dem: str | None) -> Georef:
