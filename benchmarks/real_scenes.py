@@ -105,7 +105,7 @@ def gcps(setting: Setting) -> Report:
     """Control points reproduced, and next to nothing found in a scene of 200 m pixels."""
     scene = setting.scene("sentinel1_grd_gcps.tif", "sar")
     residual = float(scene.georef.gcp_residuals().max())
-    found = _detect(scene, setting.weights, DetectOptions())
+    found = detect(scene, setting.weights, DetectOptions()).detections
     megapixels = scene.valid_share * scene.width * scene.height / 1e6
     _overlay(setting, scene, "gcps", (0, 0, scene.width, scene.height), found, None, 1.2)
     return {
@@ -148,16 +148,16 @@ def _marked(
     """Detect, hold against marks, draw."""
     truth = by_eye.read_marks(MARKS / file, scene.georef)
     options = DetectOptions(classes=classes)
-    found = _detect(scene, setting.weights, options)
+    found = detect(scene, setting.weights, options).detections
     for part, window in windows.items():
         _overlay(setting, scene, f"{name}_{part}", window, found, truth, 1200 / max(window[2:]))
     report: Report = {"detections": len(found), **by_eye.score(found.boxes, truth).as_json()}
     if setting.sweep and scene.gsd is not None:
-        report["sweep"] = [
-            _swept(_detect(scene, setting.weights, replace(options, score=SWEPT_SCORES[0], gsd=gsd)), truth)
-            | {"gsd_m": round(gsd, 3)}
-            for gsd in (scene.gsd / scale for scale in SWEPT_SCALES)
-        ]
+        report["sweep"] = []
+        for gsd in (scene.gsd / scale for scale in SWEPT_SCALES):
+            every = replace(options, score=SWEPT_SCORES[0], gsd=gsd)
+            swept = _swept(detect(scene, setting.weights, every).detections, truth)
+            report["sweep"].append({"gsd_m": round(gsd, 3)} | swept)
     return report
 
 
@@ -172,13 +172,6 @@ def _swept(found: Detections, truth: by_eye.Marks) -> Report:
             round(scored.hits / reported, 3) if reported else None,
         )
     return rows
-
-
-def _detect(scene: Scene, weights: Weights, options: DetectOptions) -> Detections:
-    """`detect` on scenes that are deliberately far from what the weights know: its warning is expected."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return detect(scene, weights, options).detections
 
 
 def _overlay(
@@ -214,6 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown parts {', '.join(unknown)}: expected some of {', '.join(PARTS)}")
     given.pictures.mkdir(parents=True, exist_ok=True)
+    # Scenes far from what the weights know, and images without a georeference, are the point here.
+    warnings.simplefilter("ignore", UserWarning)
     weights = zoo.load(given.weights, given.device)
     setting = Setting(given.data, weights, given.pictures, given.frames, given.sweep)
     report: Report = {"weights": {"name": weights.name, "sha256": weights.sha256}}

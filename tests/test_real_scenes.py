@@ -230,6 +230,17 @@ def test_centikelvin_maps_back_to_the_bytes(frames, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_the_mosaic_of_bytes_holds_the_same_ground(frames, tmp_path):
+    path = tmp_path / "mosaic.tif"
+    infrared.write_mosaic(path, frames, 0.2, centikelvin=False)
+    with open_scene(path, "ir", infrared.AS_IT_IS) as scene:
+        whole = scene.read((0, 0, scene.width, scene.height))
+    assert whole.valid.sum() == sum(f.width * f.height for f in frames)
+    frame = frames[1]
+    assert whole.valid[frame.y : frame.y + frame.height, frame.x : frame.x + frame.width].all()
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_detections_of_the_mosaic_go_back_to_their_frames(frames):
     placed = Detections.concatenate([f.truth.shift(f.x, f.y) for f in frames])
     back = infrared.by_frame(placed, frames)

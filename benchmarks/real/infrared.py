@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 LAW_OFFSET_CK, LAW_STEP_CK = 27315, 20
 LIMITS_CK = (float(LAW_OFFSET_CK), float(LAW_OFFSET_CK + 255 * LAW_STEP_CK))
 GAP_PX = 96
+# Frames and mosaics have no collar; a search for one would take dark ground at the frames' edges.
+AS_IT_IS = SceneOptions(collar=False)
 MOSAIC_CRS = "EPSG:32651"
 CORNER_M = (283000.0, 1615000.0)
 # AP needs the tail of low scores; what is below this adds nothing to it.
@@ -97,16 +99,19 @@ def read_dota(path: Path, classes: tuple[str, ...]) -> Detections:
 def write_mosaic(path: Path, frames: list[Frame], gsd: float, centikelvin: bool) -> None:
     """All frames in one tiled GeoTIFF with an assigned georeference of `gsd` metres a pixel.
 
-    16-bit centikelvin with nodata 0 in the gaps, or the frames' own bytes with 0 there.
+    16-bit centikelvin with nodata 0 in the gaps, or the frames' own bytes with a mask that leaves them out
+    (0 is a byte like any other there).
     """
     width = max(f.x + f.width for f in frames) + GAP_PX
     height = max(f.y + f.height for f in frames) + GAP_PX
     mosaic = np.zeros((height, width), np.uint16 if centikelvin else np.uint8)
+    held = np.zeros(mosaic.shape, bool)
     for frame in frames:
         with rasterio.open(frame.path) as source:
             byte = source.read(1)
-        place = mosaic[frame.y : frame.y + frame.height, frame.x : frame.x + frame.width]
-        place[:] = LAW_OFFSET_CK + LAW_STEP_CK * byte.astype(np.uint16) if centikelvin else byte
+        here = np.s_[frame.y : frame.y + frame.height, frame.x : frame.x + frame.width]
+        held[here] = True
+        mosaic[here] = LAW_OFFSET_CK + LAW_STEP_CK * byte.astype(np.uint16) if centikelvin else byte
     profile = {
         "driver": "GTiff",
         "width": width,
@@ -118,8 +123,10 @@ def write_mosaic(path: Path, frames: list[Frame], gsd: float, centikelvin: bool)
         "tiled": True,
         "compress": "deflate",
     } | ({"nodata": 0} if centikelvin else {})
-    with rasterio.open(path, "w", **profile) as out:
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile) as out:
         out.write(mosaic, 1)
+        if not centikelvin:
+            out.write_mask(held)
 
 
 def by_frame(found: Detections, frames: list[Frame]) -> list[Detections]:
@@ -141,7 +148,7 @@ def compare(folder: Path, weights: Weights, pictures: Path, limit: int | None = 
     report: dict[str, Any] = {"frames": len(frames)}
     alone = []
     for frame in frames:
-        with open_scene(frame.path, "ir") as scene:
+        with open_scene(frame.path, "ir", AS_IT_IS) as scene:
             alone.append(detect(scene, weights, options).detections)
     report["frames_8bit"] = _ap50(alone, frames)
     wide = pictures / "infrared_centikelvin.tif"
@@ -150,8 +157,7 @@ def compare(folder: Path, weights: Weights, pictures: Path, limit: int | None = 
     write_mosaic(narrow, frames, gsd, centikelvin=False)
     fixed = SceneOptions(units="centikelvin", limits=LIMITS_CK)
     runs = {
-        # The gaps are 0 by design; a search for a collar would also take dark ground beside them.
-        "mosaic_8bit": (narrow, SceneOptions(collar=False)),
+        "mosaic_8bit": (narrow, AS_IT_IS),
         "mosaic_fixed": (wide, fixed),
         "mosaic_estimated": (wide, SceneOptions()),
     }
