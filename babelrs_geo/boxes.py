@@ -126,9 +126,13 @@ def from_corners(quads: ArrayLike) -> Floats:
     return smallest_rectangles(q, ((0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3)))
 
 
-def smallest_rectangles(points: Floats, lines: tuple[tuple[int, int], ...]) -> Floats:
-    """Smallest rectangles (N, 5) around points (N, K, 2) with a side along one of `lines`, pairs of point
-    numbers.
+def smallest_rectangles(
+    points: Floats, lines: tuple[tuple[int, int], ...], prefer: Floats | None = None
+) -> Floats:
+    """Smallest rectangles (N, 5) around points (N, K, 2) with a side along one of `lines`, pairs of numbers.
+
+    Where several fit equally (a triangle has the same area along each side), the one that lies nearest to
+    `prefer` (N,) in degrees is taken, or else the one along the earliest line.
     """
     origin = points.mean(1)
     p = points - origin[:, None]
@@ -142,13 +146,16 @@ def smallest_rectangles(points: Floats, lines: tuple[tuple[int, int], ...]) -> F
     across = p[:, None, :, 1] * ux[..., None] - p[:, None, :, 0] * uy[..., None]
     a0, a1, b0, b1 = along.min(2), along.max(2), across.min(2), across.max(2)
     area = (a1 - a0) * (b1 - b0)
-    # The earliest line within rounding of the best, so that equal fits are decided by order and not by noise.
+    # Only fits within rounding of the best, so that equal ones are decided by rank and not by noise.
     # Coordinates are known to their last digit; a line through a short side turns by that over the side.
     digit = 8 * np.finfo(np.float64).eps * (1 + np.abs(points).max((1, 2)))
     long = np.maximum(a1 - a0, b1 - b0).max(1)
     aspect = long / np.maximum(np.minimum(a1 - a0, b1 - b0).min(1), long / 1e3 + 1e-300)
     slack = digit * long * (1 + aspect) + 1e-9 * area.min(1)
-    best = np.argmax(area <= (area.min(1) + slack)[:, None], 1)
+    rank = np.broadcast_to(np.arange(len(lines), dtype=np.float64), area.shape)
+    if prefer is not None:
+        rank = np.abs(np.mod(np.rad2deg(np.arctan2(-uy, ux)) - prefer[:, None] + 45, 90) - 45)
+    best = np.argmin(np.where(area <= (area.min(1) + slack)[:, None], rank, np.inf), 1)
     k = (np.arange(len(p)), best)
     middle, side = (a0[k] + a1[k]) / 2, (b0[k] + b1[k]) / 2
     centre = origin + np.stack([middle * ux[k] - side * uy[k], middle * uy[k] + side * ux[k]], 1)
@@ -405,7 +412,7 @@ def clip(boxes: ArrayLike, extents: ArrayLike) -> Floats:
 
     `extents` is x1, y1, x2, y2 in pixels, one for all (4,) or one for each (N, 4). Boxes that lie inside come
     back as they are, horizontal ones stay horizontal, and those outside become empty (w = h = 0) at their
-    centre.
+    centre. Of rectangles that fit a part equally the one along the box is taken.
     """
     given = _rows(boxes)
     b = given.copy()
@@ -421,7 +428,7 @@ def clip(boxes: ArrayLike, extents: ArrayLike) -> Floats:
     turned = np.flatnonzero(~inside & ~upright)
     if len(turned):
         points = outlines(b[turned], e[turned])
-        b[turned] = smallest_rectangles(points, tuple((k, (k + 1) % 8) for k in range(8)))
+        b[turned] = smallest_rectangles(points, tuple((k, (k + 1) % 8) for k in range(8)), b[turned, 4])
     gone = (b[:, 2] <= 0.0) | (b[:, 3] <= 0.0)
     b[gone, :2] = given[gone, :2]
     b[gone, 2:4] = 0.0

@@ -45,6 +45,9 @@ from babelrs_geo.errors import ParameterError
 
 Ints = NDArray[np.int64]
 
+ALIGNED = 5.0
+"""Degrees within which a side of a box lies along a direction."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
@@ -170,36 +173,39 @@ def _joined(pieces: Detections, tiles: Ints, options: MergeOptions) -> Detection
     common = np.column_stack([np.maximum(tiles[i, :2], tiles[j, :2]), np.minimum(tiles[i, 2:], tiles[j, 2:])])
     area = areas_within(pieces.boxes[i], pieces.boxes[j], common)
     agreement = area[:, 2] / np.maximum(area[:, 0] + area[:, 1] - area[:, 2], 1e-300)
-    i_in_j = _is_view(pieces.boxes[i], tiles[i], pieces.boxes[j], options.seam)
-    j_in_i = _is_view(pieces.boxes[j], tiles[j], pieces.boxes[i], options.seam)
-    same = np.flatnonzero((agreement > options.seam) | i_in_j | j_in_i)
-    best_first = same[np.lexsort((j[same], i[same], -agreement[same]))]
+    same = agreement > options.seam
+    for a, b in ((i, j), (j, i)):
+        open_ = np.flatnonzero(~same)
+        a, b = a[open_], b[open_]
+        same[open_] = _is_view(pieces.boxes[a], tiles[a], pieces.boxes[b], options.seam)
+    i, j, agreement = i[same], j[same], agreement[same]
+    best_first = np.lexsort((j, i, -agreement))
     _, tile = np.unique(tiles, axis=0, return_inverse=True)
     group = np.arange(len(pieces))
     _unite(i[best_first], j[best_first], tile.reshape(-1), group, np.arange(len(pieces)))
-
-    # the tip of a turned object, boxed on its own, would only widen the box of a larger piece that shows it too
-    together = group[i] == group[j]
-    size = areas(pieces.boxes)
-    adds = np.ones(len(pieces), np.bool_)
-    adds[i[together & i_in_j & (size[i] < size[j])]] = False
-    adds[j[together & j_in_i & (size[j] <= size[i])]] = False
-    return _fused(pieces, tiles, group, adds)
+    return _fused(pieces, tiles, group)
 
 
-def _fused(pieces: Detections, tiles: Ints, group: Ints, adds: NDArray[np.bool_]) -> Detections:
+def _fused(pieces: Detections, tiles: Ints, group: Ints) -> Detections:
     """One detection for each group, with its best score.
 
-    Of the box around all pieces, the box around those that add to it and the largest piece, the one is taken that
-    looks most like the pieces through their tiles.
+    The box is the one that looks most like the pieces through their tiles, of three: around all pieces, around
+    those that lie along their mean direction, and the largest piece. (The tip of a turned object may be boxed
+    along another side, and would widen the box.)
     """
     first, member = np.unique(group, return_inverse=True)
+    size = areas(pieces.boxes)
     largest = np.lexsort((-areas(pieces.boxes), member))[
         np.searchsorted(np.sort(member), np.arange(len(first)))
     ]
-    boxes = _around(pieces, tiles, member, np.ones(len(pieces), np.bool_), pieces.boxes[largest])
+    alone = pieces.boxes[largest]
+    # a box is the same after a quarter turn but for its sides' names: means are taken over four times the angle
+    four = np.deg2rad(4 * pieces.boxes[:, 4])
+    mean = np.arctan2(np.bincount(member, size * np.sin(four)), np.bincount(member, size * np.cos(four)))
+    turned = np.mod(pieces.boxes[:, 4] - np.rad2deg(mean[member]) / 4 + 45, 90) - 45
+    boxes = _around(pieces, tiles, member, np.ones(len(pieces), np.bool_), alone)
     best = _likeness(boxes, pieces, tiles, member)
-    for other in (_around(pieces, tiles, member, adds, pieces.boxes[largest]), pieces.boxes[largest]):
+    for other in (_around(pieces, tiles, member, np.abs(turned) <= ALIGNED, alone), alone):
         likeness = _likeness(other, pieces, tiles, member)
         better = likeness > best + 1e-9
         boxes[better], best[better] = other[better], likeness[better]
@@ -215,8 +221,9 @@ def _likeness(boxes: Floats, pieces: Detections, tiles: Ints, member: Ints) -> F
 
 
 def _around(pieces: Detections, tiles: Ints, member: Ints, adds: NDArray[np.bool_], alone: Floats) -> Floats:
-    """(groups, 5) the smallest box around what the pieces that add saw; `alone` where that is one piece."""
+    """(groups, 5) the smallest box around what the pieces in `adds` saw; `alone` where there are none."""
     boxes = alone.copy()
+    boxes[member[adds]] = pieces.boxes[adds]
     several = np.flatnonzero(adds & (np.bincount(member[adds], minlength=len(alone))[member] > 1))
     target, number = np.unique(member[several], return_inverse=True)
     if len(several) and pieces.oriented:
