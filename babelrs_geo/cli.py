@@ -160,7 +160,7 @@ class _SceneArguments:
     units: str | None
     limits: tuple[float, float] | None
     collar: bool
-    height: float
+    height: float | None
     dem: str | None
 
     def open(self) -> Scene:
@@ -249,7 +249,10 @@ def _scene_options(command: Command) -> Command:
             help="Take black that is connected to the border for no data.  [default: collar]",
         ),
         click.option(
-            "--height", type=float, default=0.0, help="Height of the ground in metres, for scenes with RPCs."
+            "--height",
+            type=float,
+            metavar="METRES",
+            help="Height of the ground, for scenes with RPCs; the RPCs' own mean unless given.",
         ),
         click.option("--dem", metavar="FILE", help="Elevation model, for scenes with RPCs."),
     ]

@@ -27,7 +27,6 @@ from babelrs_geo.tiling import Grid
 if TYPE_CHECKING:
     import geopandas as gpd
     import numpy as np
-    import pandas as pd
     import shapely
     from numpy.typing import NDArray
 
@@ -197,7 +196,7 @@ def detect(
     origin = vectors.Origin(scene.name, str(scene.sensor), scene.acquired)
     ground = vectors.coverage(coverage.inners, coverage.states, coverage.reasons, scene.georef)
     if area is not None:
-        ground = _cut_to_area(ground, area.geometry)
+        ground = vectors.cut(ground, area.geometry)
     return Found(
         vectors.features(found, scene.georef, origin),
         ground,
@@ -349,7 +348,10 @@ class _MapArea:
         x, y = self.scene.georef.to_map(px.ravel(), py.ravel())
         outlines = np.stack([x, y], axis=-1).reshape(*px.shape, 2)
         shapely.prepare(self.geometry)
-        hit: NDArray[np.bool_] = shapely.intersects(self.geometry, shapely.polygons(outlines))
+        tiles = shapely.polygons(outlines)
+        hit: NDArray[np.bool_] = shapely.intersects(self.geometry, tiles) & ~shapely.touches(
+            self.geometry, tiles
+        )
         return hit
 
     def holds(self, px: NDArray[np.float64], py: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -375,32 +377,6 @@ def _area(scene: Scene, path: str | os.PathLike[str]) -> _MapArea:
             "the scene (babelrs-geo info tells where it lies), or leave it out"
         )
     return area
-
-
-def _cut_to_area(coverage: gpd.GeoDataFrame, area: shapely.Geometry) -> gpd.GeoDataFrame:
-    """The coverage with all ground beyond the area of interest under "outside": tiles are cut by its outline,
-    as the detections are.
-    """
-    import geopandas as gpd
-    import pandas as pd
-    from shapely import is_empty
-
-    from babelrs_geo import vectors
-
-    looked = coverage["state"] != "outside"
-    beyond = coverage.geometry.union_all().difference(area)
-    inside = coverage[looked].copy()
-    inside["geometry"] = inside.geometry.intersection(area)
-    parts: list[pd.DataFrame] = [inside[~is_empty(inside.geometry.to_numpy())]]
-    if not beyond.is_empty:
-        rest = coverage[~looked].head(1).copy() if (~looked).any() else coverage.head(1).copy()
-        rest["state"], rest["reason"] = "outside", ""
-        rest["tiles"] = int(coverage.loc[~looked, "tiles"].sum())
-        rest["geometry"] = [beyond]
-        parts.append(rest)
-    cut = gpd.GeoDataFrame(pd.concat(parts, ignore_index=True), geometry="geometry", crs=coverage.crs)
-    cut["area_km2"] = vectors.area_km2(cut.geometry)
-    return cut
 
 
 def _load(weights: str | os.PathLike[str] | Weights, device: str) -> tuple[list[Weights], str]:
@@ -452,6 +428,10 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _name(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else Path(path).name
+
+
 def _provenance(
     scene: Scene,
     weights: Weights,
@@ -466,9 +446,7 @@ def _provenance(
 
     sensor = str(scene.sensor)
     thresholds = weights.header.thresholds[sensor]
-    asked = asdict(
-        replace(options, aoi=None if options.aoi is None else Path(options.aoi).name, device=device)
-    )
+    asked = asdict(replace(options, aoi=_name(options.aoi), device=device))
     return {
         "software": f"babelrs-geo {__version__}",
         "weights": {"name": weights.name, "sha256": weights.sha256},
@@ -479,6 +457,7 @@ def _provenance(
             "gsd_m": scene.gsd,
             "sensor": sensor,
             "acquired": None if scene.acquired is None else scene.acquired.isoformat(),
+            "options": asdict(replace(scene.options, dem=_name(scene.options.dem))),
         },
         "radiometry": json.loads(scene.radiometry.to_json()),
         "parameters": asked

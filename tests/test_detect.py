@@ -90,6 +90,7 @@ def test_provenance_tells_all_parameters_and_nothing_of_the_host(scene, tmp_path
     assert parameters["aoi"] == "bay.gpkg" and parameters["thresholds"] == {"ship": 0.25}
     assert parameters["scale"] == 1 and parameters["model_gsd_m"] == pytest.approx(10, rel=1e-2)
     assert told["radiometry"]["sensor"] == "sar"
+    assert told["scene"]["options"]["collar"] is True and told["scene"]["options"]["dem"] is None
     assert str(tmp_path) not in json.dumps(told)
     assert bg.detect(scene, BrightWeights(), options).provenance == told
 
