@@ -307,16 +307,16 @@ def _index(box: Floats, labels: Ints, classes: int) -> _Index:
     level = np.ceil(np.log2(np.maximum(size / smallest, 1))).astype(np.int64)
     cell = smallest * 2.0**level
     column, row = np.floor((centre - origin) / cell[:, None]).astype(np.int64).T
-    pair, grid = np.unique(np.column_stack([labels, level]), axis=0, return_inverse=True)
-    grid = grid.reshape(-1)
+    # a class and a level in one number: no level comes near 4096, float64 has about 2000 powers of two
+    pair, grid = np.unique(labels * 4096 + level, return_inverse=True)
     height = np.zeros(len(pair), np.int64)
     np.maximum.at(height, grid, row + 1)
     rows = np.concatenate([[0], np.cumsum(height)])
     line = rows[grid] + row
     by = np.lexsort((column, line))
     return _Index(
-        grids=np.searchsorted(pair[:, 0], np.arange(classes + 1)),
-        cells=smallest * 2.0 ** pair[:, 1],
+        grids=np.searchsorted(pair // 4096, np.arange(classes + 1)),
+        cells=smallest * 2.0 ** (pair % 4096),
         origins=origin,
         rows=rows,
         starts=np.searchsorted(line[by], np.arange(rows[-1] + 1)),
