@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from babelrs_geo.datasets.soi import fingerprint, read_split
 from babelrs_geo.evaluation import Evaluation, evaluate, without_transformer
@@ -42,6 +43,9 @@ LICENCE = (
     "code's Apache-2.0 licence does not cover these weights."
 )
 
+LEAST_SCORE = 0.1
+"""Floor of the score thresholds: below it a class with few objects would let anything through."""
+
 CARD = Path(__file__).with_name("model_card.md")
 """The card's text, with places for figures."""
 
@@ -63,6 +67,17 @@ def measure(model: Detector, data: Path) -> tuple[dict[str, Evaluation], dict[st
         "h_map_without_transformer": h_mean(*(silent[s]["map"] for s in ("sar", "rgb", "ir"))),
     }
     return evaluations, report | means
+
+
+def phases(config: str) -> str:
+    """The phases of a run in words."""
+    parts, before = [], 0
+    for phase in yaml.safe_load(config)["phases"]:
+        size = phase["augment"]["sar"]["size"]
+        quota = ", ".join(f"{n} {sensor}" for sensor, n in phase["quota"].items())
+        parts.append(f"{phase['steps'] - before} steps of {size} px crops ({quota} a step)")
+        before = phase["steps"]
+    return ", then ".join(parts)
 
 
 def card(header: Header, parameters: int) -> str:
@@ -89,7 +104,9 @@ def card(header: Header, parameters: int) -> str:
         "h_map": f"{header.metrics['h_map']:.3f}",
         "h_map_silent": f"{header.metrics['h_map_without_transformer']:.3f}",
         "licence": header.licence,
-        "steps": str(header.training["steps"]),
+        "phases": phases(header.training["config"]),
+        "start": header.training["start"],
+        "floor": f"{LEAST_SCORE:g}",
         "minutes": f"{header.training['minutes']:.0f}",
         "hash": header.training["data_sha256"],
         "images": ", ".join(f"{n} {s}" for s, n in header.training["images"].items()),
@@ -110,6 +127,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for NAME.safetensors and NAME.md")
     parser.add_argument("--name", default="compact")
     args = parser.parse_args()
+    config = (CARD.parent / "train_compact.yaml").read_text()
     state = torch.load(args.run / "last.pt", weights_only=True, map_location="cpu")
     model = Detector(COMPACT)
     # Measured as stored: in half precision.
@@ -122,7 +140,10 @@ def main() -> None:
         classes=dict(COMPACT.classes),
         box_kind={"sar": "horizontal", "rgb": "oriented", "ir": "oriented"},
         gsd=GSD,
-        thresholds={s: {k: round(v, 3) for k, v in e.thresholds().items()} for s, e in evaluations.items()},
+        thresholds={
+            s: {k: round(max(v, LEAST_SCORE), 3) for k, v in e.thresholds().items()}
+            for s, e in evaluations.items()
+        },
         radiometry=RADIOMETRY,
         architecture=COMPACT.to_dict(),
         licence=LICENCE,
@@ -131,7 +152,7 @@ def main() -> None:
             "images": {s: len(r) for s, r in train.items()},
             "data_sha256": fingerprint([r for records in train.values() for r in records]),
             "start": "ImageNet EfficientNet-Lite0 prior; the rest at random",
-            "config": (CARD.parent / "train_compact.yaml").read_text(),
+            "config": config,
             "steps": int(state["step"]),
             "minutes": state["seconds"] / 60,
         },

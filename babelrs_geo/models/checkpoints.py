@@ -89,6 +89,7 @@ def save(path: str | os.PathLike[str], model: Detector, header: Header) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             temporary = Path(folder) / path.name
             save_file(state, temporary, metadata={KEY: header.to_json()})
+            temporary.chmod(0o644)  # safetensors writes for its owner alone
             temporary.replace(path)
     except OSError as cause:
         raise OutputError(f"{path} cannot be written ({cause}); choose a folder you may write to") from cause
