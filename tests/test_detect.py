@@ -283,3 +283,28 @@ def test_the_outlook_counts_valid_tiles_and_measures_time(tmp_path):
         plan, cost = detect_module.outlook(scene, BrightWeights(), bg.DetectOptions(**SMALL))
     assert len(plan.grid) == 9 and 4 <= cost.tiles <= 5
     assert cost.seconds == pytest.approx(cost.tiles * cost.seconds_per_tile)
+
+
+def test_several_devices_get_weights_each_and_share_the_batches(scene, monkeypatch):
+    loaded = []
+
+    def load(name, device):
+        made = BrightWeights()
+        made.batches = []
+        detector = made.detector
+
+        def watched(*arguments):
+            inner = detector(*arguments)
+            return lambda images: made.batches.append(len(images)) or inner(images)
+
+        made.detector = watched
+        loaded.append((device, made))
+        return made
+
+    monkeypatch.setattr("babelrs_geo.models.zoo.load", load)
+    monkeypatch.setattr(detect_module, "_devices", lambda text: text.split(","))
+    found = bg.detect(scene, "compact", bg.DetectOptions(**SMALL, device="cuda:0,cuda:1", batch=2))
+    assert [device for device, _ in loaded] == ["cuda:0", "cuda:1"]
+    assert [len(made.batches) for _, made in loaded] == [3, 2]  # nine tiles in five batches
+    assert len(found.detections) == len(SHIPS)
+    assert found.provenance["parameters"]["device"] == "cuda"
