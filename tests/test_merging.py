@@ -166,7 +166,7 @@ def assert_each_once(merged: Detections, truth: Detections, agreement: float) ->
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_every_object_up_to_the_overlap_is_reported_once(seed, width, height, tile, share, oriented, shifted):
     overlap = max(4, int(tile * share))
     outers = (
@@ -184,7 +184,7 @@ def test_every_object_up_to_the_overlap_is_reported_once(seed, width, height, ti
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_joining_equals_the_plain_one(seed, oriented):
     r = np.random.default_rng(seed)
     outers = tiles_of(300, 200, 96, 24)
