@@ -56,3 +56,18 @@ def test_files_named_in_pages_exist(page):
     folders = "babelrs_geo|benchmarks|docs|examples|pipelines|tests"
     for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", ["README.md", "babelrs_geo/models/weights/compact.md"])
+def test_figures_of_the_weights_are_those_of_their_header(page):
+    from babelrs_geo.models.checkpoints import read_header
+
+    metrics = read_header(ROOT / "babelrs_geo/models/weights/compact.safetensors").metrics
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for sensor in ("sar", "ir", "rgb"):
+        own = metrics[sensor]
+        figures = [own["ap50"], *own["ap50_interval"], own["map"], *own["map_interval"]]
+        row = "| {} | {} | {:.3f} ({:.3f} to {:.3f}) | {:.3f} ({:.3f} to {:.3f}) |"
+        assert row.format(sensor, own["images"], *figures) in text
+    assert f"{metrics['h_map']:.3f}" in text
+    assert f"{metrics['h_map_without_transformer']:.3f}" in text
