@@ -112,9 +112,7 @@ COMPACT = DetectorConfig(
     mean=(127.0, 127.0, 127.0),
     std=(128.0, 128.0, 128.0),
 )  # fmt: skip
-"""The bundled detector's configuration: 384 px trained, EfficientNet-Lite0 as its spatial prior, 15
-classes.
-"""
+"""The bundled detector's configuration: EfficientNet-Lite0 as its spatial prior, 15 classes."""
 
 
 class Detector(nn.Module):

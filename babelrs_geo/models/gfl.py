@@ -175,14 +175,8 @@ class GFLHead(nn.Module):
         return out
 
     def loss(self, maps: Sequence[Tensor], targets: Sequence[HorizontalTarget]) -> dict[str, Tensor]:
-        """Quality focal, GIoU and distribution focal loss, summed over levels."""
+        """Quality focal, GIoU and distribution focal loss, summed over levels (GFL eq. 1 to 6)."""
         scores, sides = self(maps)
-        return self.loss_of(scores, sides, targets)
-
-    def loss_of(
-        self, scores: Sequence[Tensor], sides: Sequence[Tensor], targets: Sequence[HorizontalTarget]
-    ) -> dict[str, Tensor]:
-        """The losses of raw outputs (section 4 of the reference, GFL eq. 1 to 6)."""
         c = self.config
         per_level = self.centres(scores)
         counts = [len(p) for p in per_level]
