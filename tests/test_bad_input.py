@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from simple_scenes import SHIPS, BrightHeader, BrightWeights, canvas, write_scene
 
 from babelrs_geo import cli
+from babelrs_geo.cli import program
 
 EMPTY_VRT = '<VRTDataset rasterXSize="64" rasterYSize="64"></VRTDataset>'
 
@@ -188,7 +189,7 @@ def test_a_file_that_ends_early_is_served_as_far_as_it_goes_and_the_rest_is_told
         assert line.startswith("babelrs-geo: error: early.tif")
         assert not list(tmp_path.glob("*.gpkg"))
         return
-    assert result.exit_code == cli.EXIT_INCOMPLETE
+    assert result.exit_code == program.EXIT_INCOMPLETE
     assert "could not be read" in line
     found = gpd.read_file("early_detections.gpkg", layer="detections")
     assert ((found.px_x.round() == 30) & (found.px_y.round() == 25)).any()

@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from simple_scenes import SHIPS, UTM, BrightHeader, BrightWeights, canvas, write_scene
 
 from babelrs_geo import __version__, cli
+from babelrs_geo.cli import detect as verbs
+from babelrs_geo.cli import program
 
 SMALL = ["--tile", "48", "--overlap", "16"]
 
@@ -108,7 +110,7 @@ def test_tiles_that_cannot_be_read_are_told_and_the_rest_is_written(harbour, wei
 
     monkeypatch.setattr(scenes.Scene, "read", flaky)
     result = call("detect", harbour, "--sensor", "sar", *SMALL)
-    assert result.exit_code == cli.EXIT_INCOMPLETE
+    assert result.exit_code == program.EXIT_INCOMPLETE
     assert "in 8 of 9 tiles" in result.stdout
     (line,) = result.stderr.splitlines()
     assert line.startswith("babelrs-geo: warning: 1 tile could not be read (block 0 is damaged)")
@@ -148,7 +150,7 @@ def test_a_fault_of_the_program_is_one_line_too_and_the_traceback_is_there_when_
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("babelrs-geo: error: unexpected RuntimeError: shapes do not match")
-    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
+    monkeypatch.setenv(program.DEBUG_VARIABLE, "1")
     assert isinstance(call("detect", harbour, "--sensor", "sar").exception, RuntimeError)
 
 
@@ -175,12 +177,12 @@ def test_info_tells_where_detection_would_refuse_and_why(harbour, weights):
 
 
 def test_the_bar_shows_tiles_a_second_on_a_terminal_only(monkeypatch):
-    with cli._progress_bar("harbour.tif", hidden=False) as progress:
+    with verbs._progress_bar("harbour.tif", hidden=False) as progress:
         assert progress is None  # under pytest stderr is no terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with cli._progress_bar("harbour.tif", hidden=True) as progress:
+    with verbs._progress_bar("harbour.tif", hidden=True) as progress:
         assert progress is None
-    with cli._progress_bar("harbour.tif", hidden=False) as progress:
+    with verbs._progress_bar("harbour.tif", hidden=False) as progress:
         progress(1, 10)
         progress(10, 10)
 
@@ -196,14 +198,14 @@ def test_the_bar_shows_tiles_a_second_on_a_terminal_only(monkeypatch):
     ],
 )
 def test_the_default_output_is_named_after_the_scene(scene, stem):
-    assert cli._stem(scene) == stem
+    assert verbs._stem(scene) == stem
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"), [(3.21, "3.2 s"), (75, "75 s"), (600, "10 min"), (5 * 3600 + 120, "5 h 02 min")]
 )
 def test_durations_are_said_as_people_do(seconds, said):
-    assert cli._duration(seconds) == said
+    assert verbs._duration(seconds) == said
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,200 @@
+"""`babelrs-geo detect` and `babelrs-geo info`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from babelrs_geo.cli.options import ModelArguments, SceneArguments, model_options, scene_options, split
+from babelrs_geo.cli.program import EXIT_INCOMPLETE, tell
+from babelrs_geo.errors import BabelError
+
+if TYPE_CHECKING:
+    from babelrs_geo.detect import DetectOptions, Found
+    from babelrs_geo.scenes import Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OutputArguments:
+    """Where the result goes and how much is said, as typed."""
+
+    output: str | None
+    crs: str | None
+    overwrite: bool
+    quiet: bool
+    as_json: bool
+
+
+@click.command("detect")
+@scene_options
+@model_options
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT.gpkg|.parquet|.geojson",
+    help="Where to write.  [default: SCENE_detections.gpkg in the working directory]",
+)
+@click.option("--crs", metavar="EPSG:4326", help="CRS of the result, in place of the scene's own.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+def detect_verb(**given: Any) -> int:
+    """Find objects in SCENE (a raster file or any path GDAL opens) and write them.
+
+    The result opens styled in QGIS: the layer `detections`, and the layer `coverage` with the ground that was
+    looked at. Ends with 0 when done, 1 on an error, 2 on wrong usage, and 3 when some tiles could not be
+    read: these are in `coverage` as failed.
+    """
+    scene_arguments, model, output = split(given, SceneArguments, ModelArguments, _OutputArguments)
+    if output.quiet and output.as_json:
+        raise click.UsageError(
+            "--quiet and --json exclude each other: --json is already silent but for its document"
+        )
+    from babelrs_geo import vectors
+
+    options = model.options()
+    path = Path(output.output or f"{_stem(scene_arguments.scene)}_detections.gpkg")
+    vectors.check_target(path, overwrite=output.overwrite)
+    with scene_arguments.open() as scene:
+        from babelrs_geo.detect import check_crs, detect
+
+        if output.crs is not None:
+            check_crs(output.crs, georeferenced=scene.georef.crs is not None)
+        start = time.perf_counter()
+        with _progress_bar(scene.name, hidden=output.quiet or output.as_json) as progress:
+            found = detect(scene, model.weights, options, progress)
+        found.save(path, overwrite=output.overwrite, crs=output.crs)
+        seconds = time.perf_counter() - start
+    if output.as_json:
+        click.echo(json.dumps(_summary(found, path, seconds), indent=2))
+    elif not output.quiet:
+        click.echo(_sentence(found, path, seconds))
+    failed = found.provenance["tiles"]["failed"]
+    if failed:
+        reason = next(iter(found.coverage.loc[found.coverage["state"] == "failed", "reason"]))
+        tiles = "1 tile" if failed == 1 else f"{failed} tiles"
+        tell(
+            "warning",
+            f"{tiles} could not be read ({reason}): the layer coverage shows where; check the file and "
+            "run again with --overwrite",
+        )
+        return EXIT_INCOMPLETE
+    return 0
+
+
+@click.command("info")
+@scene_options
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info_verb(**given: Any) -> None:
+    """Tell what SCENE is, how it would be read, where it lies, and how long detection would take here."""
+    scene_arguments, model = split(given, SceneArguments, ModelArguments)
+    options = model.options()
+    with scene_arguments.open() as scene:
+        rows = dict(scene.describe()) | _outlook(scene, model.weights, options)
+    if given["as_json"]:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _outlook(scene: Scene, weights: str, options: DetectOptions) -> dict[str, str]:
+    """What detection would do with the scene; where it would refuse, why."""
+    from babelrs_geo.detect import outlook
+
+    try:
+        plan, cost = outlook(scene, weights, options)
+    except BabelError as error:
+        return {"detection": f"not possible: {error}"}
+    size = "the scene's own pixels"
+    if plan.gsd is not None:
+        how = "the scene's own" if plan.scale == 1 else f"resampled {plan.scale:.3g}x"
+        size = f"{plan.gsd:.3g} m a pixel, {how}"
+    rows = {
+        "read at": size,
+        "classes": ", ".join(plan.classes),
+        "tiles": f"{len(plan.grid)} of {options.tile} px, about {cost.tiles} with valid pixels",
+        "estimated time": f"{_duration(cost.seconds)} ({cost.seconds_per_tile:.2f} s a tile, measured here)",
+    }
+    return rows | ({"caution": plan.caution} if plan.caution else {})
+
+
+def _stem(scene: str) -> str:
+    """The name of the default output: the scene's, without folders, the query of a URL, and the suffix."""
+    name = scene.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return Path(name).stem or "scene"
+
+
+@contextmanager
+def _progress_bar(name: str, *, hidden: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr with tiles per second and the time left, where stderr is a terminal."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tiles, {task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None, rate="")
+        start = time.perf_counter()
+
+        def progress(done: int, total: int) -> None:
+            rate = done / max(time.perf_counter() - start, 1e-9)
+            bar.update(task, completed=done, total=total, rate=f"{rate:.1f} tiles/s")
+
+        yield progress
+
+
+def _counts(found: Found) -> dict[str, int]:
+    """Objects by class, most first."""
+    return {str(name): int(count) for name, count in found.features["class"].value_counts().items()}
+
+
+def _sentence(found: Found, path: Path, seconds: float) -> str:
+    """What was found, where it was written, how to open it."""
+    counts = _counts(found)
+    objects = "1 object" if len(found.features) == 1 else f"{len(found.features)} objects"
+    what = f"{objects} ({', '.join(f'{n} {name}' for name, n in counts.items())})" if counts else "nothing"
+    tiles = found.provenance["tiles"]
+    looked = tiles["detected"] + tiles["empty"]
+    return (
+        f"Found {what} in {looked} of {sum(tiles.values())} tiles in {_duration(seconds)}.\n"
+        f"Written to {path}: drag it into QGIS, or run: qgis {path}"
+    )
+
+
+def _summary(found: Found, path: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "output": str(path),
+        "detections": len(found.features),
+        "classes": _counts(found),
+        "seconds": round(seconds, 3),
+        **found.provenance,
+    }
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
