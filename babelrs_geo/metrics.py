@@ -160,12 +160,14 @@ def bootstrap(
 
 
 def best_f1_thresholds(
-    predictions: Sequence[Detections], truths: Sequence[Detections], iou: float = 0.5
+    predictions: Sequence[Detections], truths: Sequence[Detections], iou: float = 0.5, slack: float = 0.01
 ) -> dict[str, float]:
-    """The score per class from which on detections have the best F1 (ties: the higher score).
+    """The score per class from which on detections have an F1 within `slack` of the best.
 
-    It lies halfway between the worst detection that is kept and the best that is dropped. A class without
-    truth, or of which nothing was found, has no best threshold and is left out.
+    F1 is often flat over a wide range of scores, and where in it the very best lies is chance: at its end, the
+    slightest change of surroundings would turn detections away. So this is the middle of the range, which is the
+    unbroken run of thresholds around the best F1 (ties: the higher score). A class without truth, or of which
+    nothing was found, has no best threshold and is left out.
     """
     best: dict[str, float] = {}
     for name, each in zip(truths[0].classes, _match(predictions, truths, (iou,), "coco"), strict=True):
@@ -175,10 +177,14 @@ def best_f1_thresholds(
         f1 = 2 * right / (np.arange(1, len(right) + 1) + each.truths.sum())
         scores = each.scores.astype(np.float64)
         # only a run of equal scores as a whole can be kept or dropped
-        f1[:-1][scores[:-1] == scores[1:]] = -1
-        last = int(np.argmax(f1))
-        below = scores[last + 1] if last + 1 < len(scores) else 0.0
-        best[name] = float((scores[last] + min(below, scores[last])) / 2)
+        possible = np.append(scores[:-1] != scores[1:], True)
+        f1, scores = f1[possible], scores[possible]
+        below = np.append(scores[1:], min(0.0, scores[-1]))
+        top = int(np.argmax(f1))
+        poor = np.flatnonzero(f1 < f1[top] - slack)
+        first = int(poor[poor < top].max(initial=-1)) + 1
+        last = int(poor[poor > top].min(initial=len(f1))) - 1
+        best[name] = float((scores[first] + below[last]) / 2)
     return best
 
 

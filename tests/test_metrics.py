@@ -201,19 +201,29 @@ def test_intervals_hold_the_estimate_and_narrow_with_more_images():
     )
 
 
-def test_best_f1_is_the_best_of_all_thresholds():
+def f1(predictions: list[Detections], truths: list[Detections], name: str, threshold: float) -> float:
+    kept = [p[p.scores >= threshold] for p in predictions]
+    precision, recall = metrics.precision_recall(kept, truths)[name]
+    return 2 * precision * recall / (precision + recall) if precision > 0 else 0.0
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.01, 0.1])
+def test_no_threshold_has_an_f1_better_by_more_than_the_slack(slack: float):
     predictions, truths = scenes(40, 6, ties=True)
-    best = metrics.best_f1_thresholds(predictions, truths)
+    best = metrics.best_f1_thresholds(predictions, truths, slack=slack)
     assert set(best) == {"ship", "car", "plane"}
-
-    def f1(name: str, threshold: float) -> float:
-        kept = [p[p.scores >= threshold] for p in predictions]
-        precision, recall = metrics.precision_recall(kept, truths)[name]
-        return 2 * precision * recall / (precision + recall) if precision > 0 else 0.0
-
     for name, threshold in best.items():
-        tried = [f1(name, t) for t in np.arange(-0.05, 1.0, 0.05)]
-        assert f1(name, threshold) == pytest.approx(max(tried))
+        tried = [f1(predictions, truths, name, t) for t in np.arange(-0.05, 1.0, 0.05)]
+        assert f1(predictions, truths, name, threshold) >= max(tried) - slack - 1e-12
+
+
+def test_the_threshold_lies_in_the_middle_of_the_range_that_is_as_good():
+    rows = [[10.0 + 20 * i, 10, 8, 8, 0] for i in range(4)]
+    truth = [Detections(np.array(rows[:3]), [1, 1, 1], [0, 0, 0], ("ship",), False)]
+    found = [Detections(np.array(rows), [0.95, 0.9, 0.8, 0.2], [0, 0, 0, 0], ("ship",), False)]
+    assert metrics.best_f1_thresholds(found, truth) == {"ship": pytest.approx(0.5)}
+    # with the last one dropped as well, F1 is .8 in place of 1: within a slack of .2 its whole range counts
+    assert metrics.best_f1_thresholds(found, truth, slack=0.21) == {"ship": pytest.approx(0.45)}
 
 
 def test_what_cannot_be_evaluated_is_told():
