@@ -28,6 +28,7 @@ HEAVY = {
     "pyarrow",
     "xarray",
     "dask",
+    "distributed",
 }
 
 

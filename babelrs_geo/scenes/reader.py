@@ -179,29 +179,31 @@ class Reader:
         window: tuple[int, int, int, int],
         level: int | None = None,
         shape: tuple[int, int] | None = None,
+        judged: tuple[int, ...] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Raw numbers `(band, y, x)` in the file's type and declared validity `(y, x)` of a window.
 
         The window is `(x, y, w, h)` in pixels of the level. Valid is a pixel that is finite in every band,
         differs from nodata in at least one (a colour may well hold the number that means nodata in another
         band), and is not masked or transparent. With `shape` the window is decimated to it by nearest
-        neighbour.
+        neighbour; with `judged`, some of `bands`, these alone decide what is valid.
         """
-        where = Window(*window)
+        where, seen = Window(*window), judged or bands
         with gdal():
             try:
                 dataset = self._dataset(level)
                 raw = dataset.read(list(bands), window=where, out_shape=shape and (len(bands), *shape))
                 valid = np.ones(raw.shape[1:], bool)
                 if self.facts.masked:
-                    valid = dataset.read_masks(bands[0], window=where, out_shape=shape) > 0
+                    valid = dataset.read_masks(seen[0], window=where, out_shape=shape) > 0
             except (RasterioError, OSError, ValueError) as error:
                 place = f"x {window[0]}, y {window[1]}, {window[2]} by {window[3]} pixels"
                 raise SceneError(
                     f"{self.given} cannot be read at {place} ({cause(error)}); "
                     "the file may be cut short or damaged: copy or download it again"
                 ) from error
-        return raw, valid & _declared(raw, [self.facts.nodata[b - 1] for b in bands])
+        values = raw if judged is None else raw[[bands.index(b) for b in judged]]
+        return raw, valid & _declared(values, [self.facts.nodata[b - 1] for b in seen])
 
 
 def _declared(raw: NDArray[Any], nodata: list[float | None]) -> NDArray[np.bool_]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from babelrs_geo.errors import ParameterError, SensorError
 from babelrs_geo.georef import Georef
 from babelrs_geo.scenes.collar import SMEAR, Collar, find
-from babelrs_geo.scenes.reader import Reader
+from babelrs_geo.scenes.reader import Facts, Reader
 from babelrs_geo.scenes.resample import resample, shrink, taps
 from babelrs_geo.sensors import Radiometry, Sensor, choose_bands, choose_kind, estimate, infer, magnitude
 
@@ -55,6 +55,9 @@ class SceneOptions:
     None, the RPCs' own mean height (the elevation model's ground)."""
     dem: str | None = None
     """RPC scenes: path of an elevation model."""
+    radiometry: Radiometry | None = None
+    """How raw numbers become model input, known beforehand (from an index of chips): bands and ranges are taken
+    from it, and nothing is estimated."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,13 @@ class Scene:
             self.sensor, self.sensor_reason = infer(facts.bands)
         else:
             self.sensor, self.sensor_reason = Sensor.parse(sensor), "as asked"
-        self._bands = choose_bands(self.sensor, facts.bands, self.options.bands, self.options.polarisation)
+        self._bands = self._choose_bands()
         self._collar: Collar | None = None
         self._share: float | None = None
         self._lock = threading.RLock()
-        self._check_grey()
-        self.radiometry = self._radiometry()
+        if self.options.radiometry is None:
+            self._check_grey()
+        self.radiometry = self.options.radiometry or self._radiometry()
 
     @property
     def width(self) -> int:
@@ -211,6 +215,19 @@ class Scene:
         _check(window, self.height, self.width)
         return self._level(window, None)[1]
 
+    def read_both(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """What `read_raw` and `valid` give, from one look at the file."""
+        _check(window, self.height, self.width)
+        every = tuple(range(1, self.count + 1))
+        raw, valid = self._reader.read(every, window, judged=self._bands)
+        columns, rows = (np.arange(start, start + n) for start, n in zip(window[:2], window[2:], strict=True))
+        return raw, self._uncollared(raw[[b - 1 for b in self._bands]], valid, rows, columns)[1]
+
+    @property
+    def facts(self) -> Facts:
+        """What the file says of itself."""
+        return self._reader.facts
+
     @property
     def data(self) -> xr.DataArray:
         """All bands as a lazy, chunked `(band, y, x)` xarray view in the file's numbers; each chunk is read
@@ -261,6 +278,17 @@ class Scene:
                 f"{self.sensor} takes 1 band, but {self.name} has red, green and blue that differ; "
                 "pass --sensor rgb, or the band"
             )
+
+    def _choose_bands(self) -> tuple[int, ...]:
+        """The bands to read; those of a given radiometry must fit the sensor and the file."""
+        given, about = self.options.radiometry, self._reader.facts.bands
+        if given is None:
+            return choose_bands(self.sensor, about, self.options.bands, self.options.polarisation)
+        if given.sensor is not self.sensor:
+            raise SensorError(
+                f"a radiometry of {given.sensor} was given for a scene of {self.sensor}; pass one sensor"
+            )
+        return choose_bands(self.sensor, about, given.bands)
 
     def _radiometry(self) -> Radiometry:
         """Fixed for 8-bit data and where limits are given, else estimated from the survey."""

@@ -27,11 +27,14 @@ negative y: the processing tool "Affine transform" with a scale of -1 in y lays 
 
 from babelrs_geo.vectors.areas import read_area
 from babelrs_geo.vectors.files import PROVENANCE_KEY, SUFFIXES, check_target, clock, write
+from babelrs_geo.vectors.labels import Labels, Objects, read_labels
 from babelrs_geo.vectors.tables import Origin, area_km2, coverage, cut, features
 
 __all__ = [
     "PROVENANCE_KEY",
     "SUFFIXES",
+    "Labels",
+    "Objects",
     "Origin",
     "area_km2",
     "check_target",
@@ -40,5 +43,6 @@ __all__ = [
     "cut",
     "features",
     "read_area",
+    "read_labels",
     "write",
 ]

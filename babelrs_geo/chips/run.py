@@ -1,0 +1,298 @@
+"""The whole run: scenes and labels to a chip folder, by one process or by Dask, to the same files whoever works and
+however often it was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from babelrs_geo import __version__
+from babelrs_geo.chips.cut import SPOOL, cut_task, part_path
+from babelrs_geo.chips.options import SPLITS, ChipOptions
+from babelrs_geo.chips.plan import Entry, Plan, Task, plan
+from babelrs_geo.chips.tables import INDEX, LABELS, NOTE, read_index, write_tables, write_text
+from babelrs_geo.errors import OutputError, ParameterError
+from babelrs_geo.scenes import Scene
+from babelrs_geo.vectors import Labels, Objects
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who does the work; no choice here changes a file."""
+
+    processes: int = 1
+    """1: this process; more: a Dask cluster of so many processes on this machine."""
+    scheduler: str | None = None
+    """Address of a running Dask scheduler, `tcp://host:8786`, whose workers see the scenes and the folder."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.processes < 1:
+            raise ParameterError(f"workers is {self.processes}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a run left."""
+
+    folder: Path
+    chips: dict[str, int]
+    """How many, by split."""
+    objects: int
+    """Rows of the labels: an object counts in every chip that holds it."""
+    conflicts: int
+    """Chips left out because another split's scene lies on their ground."""
+
+
+def cut_chips(
+    scenes: Sequence[Scene],
+    folder: str | os.PathLike[str],
+    labels: Sequence[Labels] = (),
+    options: ChipOptions | None = None,
+    workers: Workers | None = None,
+    progress: Progress | None = None,
+) -> Cut:
+    """Cut scenes into chips of raw numbers with their labels, an index and splits that share no ground.
+
+    Run again on the same folder it goes on where it stopped, and a run that ended does nothing. `progress` is called
+    with (tasks done, tasks in all). Warns (UserWarning) where labels miss a scene or a split stays empty.
+
+    Raises OutputError where the folder holds something else, or chips cut with other parameters; LabelError where
+    labels and a scene do not go together; SceneError where a scene cannot be read, after which the same may be run
+    again.
+    """
+    return cut_entries(_entries(scenes, labels), folder, options, workers, progress, _sources(labels))
+
+
+def cut_entries(
+    entries: Sequence[Entry],
+    folder: str | os.PathLike[str],
+    options: ChipOptions | None = None,
+    workers: Workers | None = None,
+    progress: Progress | None = None,
+    told: dict[str, Any] | None = None,
+) -> Cut:
+    """`cut_chips` for scenes that already have names, folders and labels; `told` is noted with the parameters."""
+    options, workers, out = options or ChipOptions(), workers or Workers(), Path(folder).absolute()
+    asked = _asked(entries, options, told or {})
+    note = _open_folder(out, asked)
+    if (out / INDEX).exists() and note.get("counts"):
+        shutil.rmtree(out / SPOOL, ignore_errors=True)
+        return _ended(out, note["counts"])
+    planned = plan(entries, options)
+    _tell_empty(planned, options)
+    left = [task for task in planned.tasks if not part_path(out, task.key).exists()]
+    done = len(planned.tasks) - len(left)
+    if progress:
+        progress(done, len(planned.tasks))
+    for _ in _work(left, out, options, workers):
+        done += 1
+        if progress:
+            progress(done, len(planned.tasks))
+    counts = write_tables(out, planned, entries)
+    write_text(out / NOTE, json.dumps(asked | {"counts": counts}, indent=1))
+    _tidy(out)
+    return _ended(out, counts)
+
+
+def _entries(scenes: Sequence[Scene], labels: Sequence[Labels]) -> list[Entry]:
+    """Scenes with names that are theirs alone, and their labels."""
+    if not scenes:
+        raise ParameterError("no scene was given; pass at least one")
+    taken: dict[str, int] = {}
+    entries: list[Entry] = []
+    for scene in scenes:
+        if any(scene.path == other.source for other in entries):
+            raise ParameterError(f"{scene.path} was given twice; give each scene once")
+        stem = Path(scene.name).stem or "scene"
+        taken[stem] = taken.get(stem, 0) + 1
+        name = stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"
+        objects = None
+        if labels:
+            parts = [each.on(stem, scene.georef, alone=len(scenes) == 1) for each in labels]
+            objects = _within(Objects.concatenate(parts), scene)
+            if not len(objects):
+                warnings.warn(
+                    f"no label lies on scene {scene.name}: all its chips are background; check that labels and scene "
+                    "show the same ground, or bear the same name where they are in pixels",
+                    stacklevel=3,
+                )
+        entries.append(Entry(name, name, scene.path, scene, objects))
+    return entries
+
+
+def _within(objects: Objects, scene: Scene) -> Objects:
+    """The objects of which the scene may show something."""
+    from babelrs_geo.boxes import bounds
+
+    edge = bounds(objects.boxes)
+    return objects[
+        (edge[:, 2] > 0) & (edge[:, 3] > 0) & (edge[:, 0] < scene.width) & (edge[:, 1] < scene.height)
+    ]
+
+
+def _sources(labels: Sequence[Labels]) -> dict[str, Any]:
+    """The label files, by what is in them."""
+    told = []
+    for each in labels:
+        path = Path(each.path.partition("|")[0])
+        digest = hashlib.sha256()
+        for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes() if file.is_file() else b"")
+        told.append({"path": each.path, "kind": each.kind, "sha256": digest.hexdigest()})
+    return {"labels": told}
+
+
+def _asked(entries: Sequence[Entry], options: ChipOptions, told: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the content of the files, and its hash."""
+    scenes = []
+    for entry in entries:
+        scene, path = entry.scene, Path(entry.source)
+        state = path.stat() if path.is_file() else None
+        scenes.append(
+            {
+                "name": entry.name,
+                "source": entry.source,
+                "bytes": None if state is None else state.st_size,
+                "modified": None if state is None else state.st_mtime_ns,
+                "radiometry": json.loads(scene.radiometry.to_json()),
+                "collar": scene.options.collar,
+                "objects": None if entry.objects is None else len(entry.objects),
+            }
+        )
+    body = {
+        "software": f"babelrs-geo {__version__}",
+        "parameters": asdict(options) | told,
+        "scenes": scenes,
+    }
+    text = json.dumps(body, sort_keys=True)
+    return {**json.loads(text), "hash": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _open_folder(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The folder's note: that of an earlier run of the same, or a new one."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; name a folder for the chips with -o")
+    note = out / NOTE
+    if note.exists():
+        try:
+            found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{note} cannot be read ({error}); remove the folder, or name another with -o"
+            ) from error
+        if found.get("hash") != asked["hash"]:
+            raise OutputError(
+                f"{out} holds chips cut otherwise ({_difference(found, asked)}); run what it was cut with, remove it, "
+                "or name another folder with -o"
+            )
+        return found
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} is not empty and no chip folder; name an empty or a new folder with -o")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be created ({error}); write elsewhere with -o") from error
+    write_text(note, json.dumps(asked, indent=1))
+    return asked
+
+
+def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
+    """The first thing that differs between two notes, in a few words."""
+    was, now = found.get("parameters", {}), asked["parameters"]
+    for name in now:
+        if was.get(name) != now[name]:
+            if name == "labels":
+                return "the labels differ"
+            return f"{name} {was.get(name)} there, {now[name]} now"
+    if found.get("software") != asked["software"]:
+        return f"by {found.get('software')}, this is {asked['software']}"
+    return "the scenes differ"
+
+
+def _tell_empty(planned: Plan, options: ChipOptions) -> None:
+    empty = [
+        name
+        for name, share in zip(SPLITS, options.split, strict=True)
+        if share > 0 and not planned.area[name]
+    ]
+    if empty:
+        blocks = "the scenes have too few blocks of ground to fill it"
+        warnings.warn(
+            f"no chip goes to {' and '.join(empty)}: {blocks}; lower --block or --size, or add scenes",
+            stacklevel=4,
+        )
+
+
+def _work(tasks: Sequence[Task], out: Path, options: ChipOptions, workers: Workers) -> Iterator[str]:
+    """Do the tasks, in any order, and give their keys as they are done."""
+    if not tasks:
+        return
+    if workers.scheduler is None and min(workers.processes, len(tasks)) == 1:
+        for task in tasks:
+            yield cut_task(task, str(out), options)
+        return
+    from distributed import as_completed
+
+    with _client(workers, len(tasks)) as client:
+        futures = client.map(cut_task, tasks, folder=str(out), options=options, pure=False, batch_size=64)
+        try:
+            for future in as_completed(futures):
+                yield future.result()  # a task's error ends the run
+        finally:
+            client.cancel(futures)
+
+
+@contextmanager
+def _client(workers: Workers, tasks: int) -> Iterator[Any]:
+    """A client of the user's scheduler, or of processes on this machine that end with the run."""
+    from distributed import Client, LocalCluster
+
+    if workers.scheduler is not None:
+        try:
+            client = Client(workers.scheduler, timeout="20s")
+        except (OSError, ValueError) as error:
+            raise ParameterError(
+                f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"
+            ) from error
+        with client:
+            yield client
+        return
+    with (
+        LocalCluster(
+            n_workers=min(workers.processes, tasks),
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            memory_limit=0,
+            silence_logs=50,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _ended(out: Path, counts: dict[str, Any]) -> Cut:
+    return Cut(out, counts["chips"], counts["objects"], counts["left_out_for_other_splits"])
+
+
+def _tidy(out: Path) -> None:
+    """Remove the parts of the index, and what killed processes left half written."""
+    shutil.rmtree(out / SPOOL, ignore_errors=True)
+    for draft in out.rglob(".*"):
+        if draft.is_file():
+            draft.unlink(missing_ok=True)
+
+
+__all__ = ["INDEX", "LABELS", "Cut", "Workers", "cut_chips", "cut_entries", "read_index"]
