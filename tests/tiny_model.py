@@ -11,7 +11,7 @@ TINY = replace(
     COMPACT,
     backbone=replace(
         COMPACT.backbone,
-        vit=ViTConfig(64, 16, 24, 2, 2),
+        vit=ViTConfig(64, 16, 24, 2, 2, position_std=0.02),
         stages=(1, 1),
         heads=2,
         prior="convolutional",

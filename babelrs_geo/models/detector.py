@@ -88,7 +88,7 @@ def _from_plain(kind: Any, values: Mapping[str, Any]) -> Any:
 
 COMPACT = DetectorConfig(
     backbone=AdapterConfig(
-        vit=ViTConfig(image_size=640, dim=192, depth=6, heads=3),
+        vit=ViTConfig(image_size=640, dim=192, depth=6, heads=3, position_std=0.02),
         stages=(3, 3),
         heads=6,
         prior="efficientnet_lite0",
@@ -100,7 +100,9 @@ COMPACT = DetectorConfig(
     neck_channels=96,
     gfl=GFLConfig(channels=96, convs=2, pre_nms=500, max_boxes=300, score=0.02),
     rpn=RPNConfig(channels=96, scale=4.0, pre_nms=400, nms_iou=0.75, proposals=300),
-    roi=RoIConfig(channels=256, base_size=28.0, samples=192, max_boxes=300, score=0.02),
+    roi=RoIConfig(
+        channels=256, base_size=28.0, samples=192, max_boxes=300, score=0.02, start_stds=(0.01, 0.001)
+    ),
     classes={
         "sar": ("ship",),
         "rgb": (

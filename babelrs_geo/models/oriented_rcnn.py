@@ -56,6 +56,10 @@ class RoIConfig:
     score: float = 0.05
     nms_iou: float = 0.1
     max_boxes: int = 2000
+    start_stds: tuple[float, float] | None = None
+    """Deviations from which the class and box layers start. None is Xavier's normal start, which the original's
+    layers in fact get, whatever its configuration asks for; (0.01, 0.001) is Faster R-CNN's.
+    """
 
 
 @dataclass(frozen=True)
@@ -187,12 +191,12 @@ class _BoxHead(nn.Module):
         self.shared_fcs = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
         self.fc_cls = nn.Linear(config.channels, classes + 1)
         self.fc_reg = nn.Linear(config.channels, 5)
-        for layer in self.shared_fcs:
-            nn.init.xavier_uniform_(cast(Tensor, layer.weight))
-        nn.init.normal_(self.fc_cls.weight, std=0.01)
-        nn.init.normal_(self.fc_reg.weight, std=0.001)
         for layer in (*self.shared_fcs, self.fc_cls, self.fc_reg):
-            nn.init.zeros_(layer.bias)
+            nn.init.xavier_normal_(cast(Tensor, layer.weight))
+            nn.init.zeros_(cast(Tensor, layer.bias))
+        if config.start_stds:
+            for layer, std in zip((self.fc_cls, self.fc_reg), config.start_stds, strict=True):
+                nn.init.normal_(layer.weight, std=std)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         x = pooled.flatten(1)

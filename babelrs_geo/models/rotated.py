@@ -25,7 +25,7 @@ def wrap(angle: Tensor) -> Tensor:
 
 
 def vertices(boxes: Tensor) -> Tensor:
-    """Corners (n, 4, 2) of le90 boxes, clockwise on the image, first side along the width."""
+    """Corners (n, 4, 2) of le90 boxes, counter-clockwise on the image, first side along the height."""
     cos, sin = boxes[:, 4].cos(), boxes[:, 4].sin()
     along = torch.stack([cos, sin], -1) * boxes[:, 2:3] / 2
     across = torch.stack([-sin, cos], -1) * boxes[:, 3:4] / 2
@@ -150,16 +150,19 @@ def roi_align(
     level: Tensor,
     strides: Sequence[int],
     out: int = 7,
-    samples: int = 2,
+    samples: tuple[int, int] = (2, 2),
 ) -> Tensor:
     """Features (n, C, out, out) of rotated boxes (n, 5), each read from its own image and level.
 
-    Each bin is the mean of samples x samples bilinear samples, pixel centres at halves; a sample more than a
-    cell outside the map counts as zero (mmcv's RoIAlignRotated, clockwise, aligned). All bins of all levels
-    are one weighted `embedding_bag` over the cells: no loop over boxes, and its gradient is fast on a CPU.
+    Each bin is the mean of `samples` bilinear samples, so many along the height and along the width of the
+    box, pixel centres at halves; a sample more than a cell outside the map counts as zero (mmcv's
+    RoIAlignRotated, clockwise, aligned). All bins of all levels are one weighted `embedding_bag` over the
+    cells: no loop over boxes, and its gradient is fast on a CPU. It flows to the maps only. In float64 where
+    the boxes are, else in float32.
     """
     n, channels = len(boxes), maps[0].shape[1]
-    table = torch.cat([m.permute(0, 2, 3, 1).reshape(-1, channels) for m in maps]).float()
+    boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
+    table = torch.cat([m.permute(0, 2, 3, 1).reshape(-1, channels) for m in maps]).to(boxes.dtype)
     shape = [(m.shape[2], m.shape[3]) for m in maps]
     starts, total = [], 0
     for m, (h, w) in zip(maps, shape, strict=True):
@@ -169,23 +172,26 @@ def roi_align(
     height = torch.tensor([h for h, _ in shape], device=at)[level]
     width = torch.tensor([w for _, w in shape], device=at)[level]
     start = torch.tensor(starts, device=at)[level] + image * height * width
-    scale = 1 / torch.tensor(strides, device=at, dtype=torch.float32)[level].unsqueeze(-1)
+    scale = 1 / torch.tensor(strides, device=at, dtype=boxes.dtype)[level].unsqueeze(-1)
 
     centre, size = boxes[:, :2] * scale - 0.5, boxes[:, 2:4] * scale
-    step = (torch.arange(out * samples, device=at) + 0.5) / (out * samples) - 0.5  # (out * samples,)
-    xx = size[:, 0, None, None] * step[None, None, :]
-    yy = size[:, 1, None, None] * step[None, :, None]
+    down, along = (
+        (torch.arange(out * s, device=at, dtype=boxes.dtype) + 0.5) / (out * s) - 0.5 for s in samples
+    )
+    xx = size[:, 0, None, None] * along[None, None, :]
+    yy = size[:, 1, None, None] * down[None, :, None]
     cos, sin = boxes[:, 4].cos()[:, None, None], boxes[:, 4].sin()[:, None, None]
-    x = centre[:, 0, None, None] + xx * cos - yy * sin  # (n, out * samples, out * samples)
+    x = centre[:, 0, None, None] + xx * cos - yy * sin  # (n, out * samples[0], out * samples[1])
     y = centre[:, 1, None, None] + xx * sin + yy * cos
     index, weight = _border_taps(x, y, width[:, None, None], height[:, None, None])
     index = index + start[:, None, None, None]
 
     def bins(t: Tensor) -> Tensor:
-        t = t.view(n, out, samples, out, samples, 4).permute(0, 1, 3, 2, 4, 5)
-        return t.reshape(n * out * out, samples * samples * 4)
+        t = t.view(n, out, samples[0], out, samples[1], 4).permute(0, 1, 3, 2, 4, 5)
+        return t.reshape(n * out * out, samples[0] * samples[1] * 4)
 
-    pooled = F.embedding_bag(bins(index), table, per_sample_weights=bins(weight) / samples**2, mode="sum")
+    share = bins(weight) / (samples[0] * samples[1])
+    pooled = F.embedding_bag(bins(index), table, per_sample_weights=share, mode="sum")
     return pooled.view(n, out, out, channels).permute(0, 3, 1, 2)
 
 

@@ -27,6 +27,8 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     layer_scale: float = 0.1
     """Initial value of the per-channel gain on each residual branch."""
+    position_std: float = 1.0
+    """Deviation of the position embeddings before training: 1 as in InternViT, which is always pretrained."""
 
 
 SMALL_MAP = 2**24
@@ -97,7 +99,9 @@ class PatchEmbeddings(nn.Module):
         super().__init__()
         self.grid = config.image_size // config.patch
         self.patch_embedding = nn.Conv2d(3, config.dim, config.patch, config.patch)
-        self.position_embedding = nn.Parameter(torch.randn(1, self.grid**2 + 1, config.dim) * 0.02)
+        self.position_embedding = nn.Parameter(
+            torch.randn(1, self.grid**2 + 1, config.dim) * config.position_std
+        )
 
     def positions(self, height: int, width: int) -> Tensor:
         """Position embeddings (1, height * width, D), bicubically interpolated where the grid is another."""
