@@ -55,7 +55,7 @@ class Evaluation:
         }
 
     def thresholds(self, otherwise: float = 0.5) -> dict[str, float]:
-        """Score in the middle of those with nearly the best F1 at IoU .5, by class; `otherwise` for classes that have none."""
+        """Score by class in the middle of those with nearly the best F1 at IoU .5; `otherwise` without any."""
         best = best_f1_thresholds(self.predictions, self.truths)
         return {name: best.get(name, otherwise) for name in self.truths[0].classes}
 
