@@ -83,9 +83,9 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 10_000), st.sampled_from(["sar", "rgb"]))
-def test_boxes_stay_on_their_pixels(tmp_path: Path, seed: int, sensor: str) -> None:
-    """Whatever crop is drawn, the box's inside is bright and its surroundings are dark."""
+@given(st.integers(0, 10_000), st.sampled_from(["sar", "rgb"]), st.sampled_from([0.0, 1.0]))
+def test_boxes_stay_on_their_pixels(tmp_path: Path, seed: int, sensor: str, border: float) -> None:
+    """Whatever crop is drawn, and wherever the scene ends, the box's inside is bright, its surroundings dark."""
     path = tmp_path / "frame.png"
     if not path.exists():
         frame = np.full((200, 260), 40, np.uint8)
@@ -94,6 +94,7 @@ def test_boxes_stay_on_their_pixels(tmp_path: Path, seed: int, sensor: str) -> N
     box = np.array([[130.0, 100.0, 80.0, 40.0, 0.0]])
     record = Record(sensor, path, box, np.array([0]))
     options = Augment(size=128, scale=(0.6, 1.2), turn=sensor == "rgb", gamma=0, contrast=0, visible=0.99)
+    options = replace(options, border=border)
     crop, boxes, labels = augment(load_image(record), record, options, np.random.default_rng(seed))
     assert crop.shape == (3, 128, 128)
     assert len(boxes) == len(labels)
@@ -105,6 +106,19 @@ def test_boxes_stay_on_their_pixels(tmp_path: Path, seed: int, sensor: str) -> N
                 assert crop[0, int(inner[1]), int(inner[0])] > 0.7
             if (outer > 1).all() and (outer < 127).all():
                 assert crop[0, int(outer[1]), int(outer[0])] < 0.4
+
+
+def test_a_crop_at_a_border_is_the_crop_with_a_part_blank(tmp_path: Path) -> None:
+    Image.fromarray(np.full((200, 260), 200, np.uint8)).save(tmp_path / "frame.png")
+    record = Record("rgb", tmp_path / "frame.png", np.zeros((0, 5)), np.zeros(0, np.int64))
+    image, shares = load_image(record), []
+    for seed in range(20):
+        whole = augment(image, record, Augment(size=64), np.random.default_rng(seed))[0]
+        ended = augment(image, record, Augment(size=64, border=1.0), np.random.default_rng(seed))[0]
+        blank = (ended == 0) & (whole > 0)
+        assert torch.equal(ended[~blank], whole[~blank])
+        shares.append(float(blank.float().mean()))
+    assert max(shares) > 0.5 and len(set(shares)) > 10
 
 
 def test_a_crop_is_a_function_of_its_seed(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ class Augment:
     """A box cut by the crop's edge is kept, clipped, from this visible share on."""
     smallest: float = 4.0
     """Boxes with a shorter long side, in output pixels, are dropped."""
+    border: float = 0.0
+    """Share of crops that end at a scene's border: beyond a random line, which cuts no box, all is zero, as for
+    invalid pixels.
+    """
 
 
 def load_image(record: Record) -> Tensor:
@@ -81,7 +85,10 @@ def augment(
         seen[:, 2:4].max(1, initial=0) >= options.smallest
     )
     keep &= seen[:, 2:4].min(1, initial=np.inf) >= 1
-    return _tone(crop, options, rng), seen[keep], record.labels[keep]
+    crop = _tone(crop, options, rng)
+    if options.border and rng.random() < options.border:
+        keep &= _end_at_border(crop, corners(boxes), keep, rng)
+    return crop, seen[keep], record.labels[keep]
 
 
 def _sample(image: Tensor, inverse: NDArray[np.float64], centre: NDArray[np.float64], size: int) -> Tensor:
@@ -92,6 +99,25 @@ def _sample(image: Tensor, inverse: NDArray[np.float64], centre: NDArray[np.floa
     theta = torch.cat([linear, offset.unsqueeze(1)], 1).unsqueeze(0)
     grid = F.affine_grid(theta, [1, 3, size, size], align_corners=False)
     return F.grid_sample(image.unsqueeze(0), grid, align_corners=False)[0]
+
+
+def _end_at_border(
+    crop: Tensor, quads: NDArray[np.float64], there: NDArray[np.bool_], rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Blank a square crop beyond a random line; which boxes (n,) lie before it. `quads` (n, 4, 2) are the corners of
+    all boxes that show in the crop; the line is moved outwards until it cuts none of those that are `there`.
+    """
+    size = crop.shape[1]
+    angle = rng.uniform(0, 2 * math.pi)
+    normal = np.array([math.cos(angle), math.sin(angle)])
+    low, high = ((quads - size / 2) @ normal).min(1), ((quads - size / 2) @ normal).max(1)
+    line = rng.uniform(-0.3, 0.5) * size
+    while (cut := there & (low < line) & (high > line)).any():
+        line = high[cut].max()
+    axis = np.arange(size) + 0.5 - size / 2
+    beyond = axis[None, :] * normal[0] + axis[:, None] * normal[1] > line
+    crop[:, torch.from_numpy(beyond)] = 0
+    return high <= line
 
 
 def _tone(crop: Tensor, options: Augment, rng: np.random.Generator) -> Tensor:
