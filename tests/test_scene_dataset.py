@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 import shapely
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_origin
+from simple_scenes import NORTH_UP, UTM
 from torch.utils.data import DataLoader
 from torchgeo.samplers import GridGeoSampler, PreChippedGeoSampler, RandomBatchGeoSampler, RandomGeoSampler
 
@@ -25,7 +26,6 @@ from babelrs_geo.datasets.ground import PIXELS, GroundOptions
 from babelrs_geo.datasets.samples import check, collate
 from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.errors import GeorefError, LabelError, ParameterError, SceneError
-from simple_scenes import NORTH_UP, UTM
 
 RNG = np.random.default_rng(0)
 
@@ -235,7 +235,7 @@ def test_an_unreadable_file_is_an_error_with_its_name(make_raster):
         dataset[last]
     with pytest.raises(SceneError, match=r"cut\.tif cannot be read"):
         both[last]
-    with pytest.raises(SceneError, match="no raster|cannot be opened"):
+    with pytest.raises(SceneError, match="cannot be opened as a raster"):
         broken = path.with_name("text.tif")
         broken.write_text("no raster")
         SceneDataset([broken], "sar")
