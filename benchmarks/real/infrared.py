@@ -1,12 +1,13 @@
 """Detection on a radiometric infrared mosaic against detection on the 8-bit frames it is made of.
 
-Frames of the val split are laid out on one map, a gap between them so that they do not blend, and written as
-their own bytes and as 16-bit centikelvin by the fixed law `27315 + 20 v` for a byte v (273.15 K to 324.15 K).
-Detection is then compared frame by frame with detection on the frames themselves:
+Frames of the val split are laid out on one map side by side, and written as their own bytes and as 16-bit
+centikelvin by the fixed law `27315 + 20 v` for a byte v (273.15 K to 324.15 K). Detection is then compared frame by
+frame with detection on the frames themselves:
 
 * `mosaic_8bit`: what laying out and tiling cost, with the same bytes.
 * `mosaic_fixed`: centikelvin with the law's own range given, so that every pixel maps back to v / 255.
 * `mosaic_estimated`: centikelvin as a user has it, the range estimated from the scene.
+* `mosaic_apart`: as `mosaic_fixed`, but with 96 px of nodata between the frames: what blank surroundings cost.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 LAW_OFFSET_CK, LAW_STEP_CK = 27315, 20
 LIMITS_CK = (float(LAW_OFFSET_CK), float(LAW_OFFSET_CK + 255 * LAW_STEP_CK))
-GAP_PX = 96
+GAP_PX = 96  # between the frames of the mosaic that has gaps
 # Frames and mosaics have no collar; a search for one would take dark ground at the frames' edges.
 AS_IT_IS = SceneOptions(collar=False)
 MOSAIC_CRS = "EPSG:32651"
@@ -55,24 +56,29 @@ class Frame:
     height: int
 
 
-def read_frames(folder: Path, classes: tuple[str, ...], limit: int | None = None) -> list[Frame]:
-    """Frames with their DOTA labels, laid out row by row on a near-square grid of cells.
+def read_frames(
+    folder: Path, classes: tuple[str, ...], limit: int | None = None, gap: int = 0
+) -> list[Frame]:
+    """Frames with their DOTA labels, laid out row by row on a near-square grid of cells with `gap` pixels between.
 
+    With a `limit` that many are taken, evenly spread over the file names, which go by time of day and height.
     Raises FileNotFoundError where a frame has no label file, ValueError for a class that is not in `classes`.
     """
-    paths = sorted((folder / "images").iterdir())[:limit]
+    paths = sorted((folder / "images").iterdir())
+    if limit is not None and limit < len(paths):
+        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, limit).astype(int)]
     sizes = []
     for path in paths:
         with rasterio.open(path) as source:
             sizes.append((source.width, source.height))
     columns = int(np.ceil(np.sqrt(len(paths))))
-    cell = np.max(sizes, axis=0) + GAP_PX
+    cell = np.max(sizes, axis=0) + gap
     frames = []
     for i, (path, (width, height)) in enumerate(zip(paths, sizes, strict=True)):
         row, column = divmod(i, columns)
         truth = read_dota(folder / "annfiles" / f"{path.stem}.txt", classes)
         frames.append(
-            Frame(path, truth, GAP_PX + int(column * cell[0]), GAP_PX + int(row * cell[1]), width, height)
+            Frame(path, truth, gap + int(column * cell[0]), gap + int(row * cell[1]), width, height)
         )
     return frames
 
@@ -102,8 +108,9 @@ def write_mosaic(path: Path, frames: list[Frame], gsd: float, centikelvin: bool)
     16-bit centikelvin with nodata 0 in the gaps, or the frames' own bytes with a mask that leaves them out
     (0 is a byte like any other there).
     """
-    width = max(f.x + f.width for f in frames) + GAP_PX
-    height = max(f.y + f.height for f in frames) + GAP_PX
+    margin = min(f.x for f in frames)
+    width = max(f.x + f.width for f in frames) + margin
+    height = max(f.y + f.height for f in frames) + margin
     mosaic = np.zeros((height, width), np.uint16 if centikelvin else np.uint8)
     held = np.zeros(mosaic.shape, bool)
     for frame in frames:
@@ -156,19 +163,23 @@ def compare(folder: Path, weights: Weights, pictures: Path, limit: int | None = 
     narrow = pictures / "infrared_8bit.tif"
     write_mosaic(narrow, frames, gsd, centikelvin=False)
     fixed = SceneOptions(units="centikelvin", limits=LIMITS_CK)
+    apart = read_frames(folder, classes, limit, GAP_PX)
+    spread = pictures / "infrared_apart.tif"
+    write_mosaic(spread, apart, gsd, centikelvin=True)
     runs = {
-        "mosaic_8bit": (narrow, AS_IT_IS),
-        "mosaic_fixed": (wide, fixed),
-        "mosaic_estimated": (wide, SceneOptions()),
+        "mosaic_8bit": (narrow, AS_IT_IS, frames),
+        "mosaic_fixed": (wide, fixed, frames),
+        "mosaic_estimated": (wide, SceneOptions(), frames),
+        "mosaic_apart": (spread, fixed, apart),
     }
-    for name, (path, how) in runs.items():
+    for name, (path, how, laid) in runs.items():
         with open_scene(path, "ir", how) as scene:
             found = detect(scene, weights, options).detections
-            kept = by_frame(found, frames)
-            report[name] = _ap50(kept, frames)
-            report[name]["in_gaps"] = len(found) - sum(map(len, kept))
+            kept = by_frame(found, laid)
+            report[name] = _ap50(kept, laid)
+            report[name]["between_frames"] = len(found) - sum(map(len, kept))
             report[name]["range"] = (*scene.radiometry.low, *scene.radiometry.high)
-            _picture(pictures / f"infrared_{name}.png", scene, frames, found, weights)
+            _picture(pictures / f"infrared_{name}.png", scene, laid, found, weights)
     loss = {name: report["frames_8bit"]["mean"] - report[name]["mean"] for name in runs}
     report["difference"] = {name: round(value, 4) for name, value in loss.items()}
     # Weights that find nothing lose nothing: that is no success.
@@ -194,7 +205,8 @@ def _picture(path: Path, scene: Scene, frames: list[Frame], found: Detections, w
     thresholds = weights.header.thresholds["ir"]
     sure = found[np.array([s >= thresholds[c] for c, s in zip(found.class_names, found.scores, strict=True)])]
     row = [f for f in frames if f.y == frames[0].y][:4]
-    window = (0, 0, row[-1].x + row[-1].width + GAP_PX, row[0].y + row[0].height + GAP_PX)
+    margin = row[0].x
+    window = (0, 0, row[-1].x + row[-1].width + margin, row[0].y + row[0].height + margin)
     truth = np.concatenate([f.truth.shift(f.x, f.y).boxes for f in row])
     texts = [f"{c} {s:.2f}" for c, s in zip(sure.class_names, sure.scores, strict=True)]
     draw(path, scene.read(window).image, (0, 0), [Layer(truth, "lime"), Layer(sure.boxes, "red", texts)], 0.6)
