@@ -20,7 +20,6 @@ from babelrs_geo.errors import (
     LabelError,
     ParameterError,
     SceneError,
-    WeightsError,
 )
 from babelrs_geo.tiling import Grid
 
@@ -54,8 +53,8 @@ class DetectOptions:
     Raises `ParameterError` where a value is out of range or contradicts another.
     """
 
-    tile: int = 640
-    """Side of a tile, in pixels as the model sees them (after resampling)."""
+    tile: int | None = None
+    """Side of a tile, in pixels as the model sees them (after resampling); None for the weights' own."""
     overlap: int = 128
     """Pixels shared by neighbouring tiles: objects up to this size are seen whole by some tile."""
     score: float | None = None
@@ -76,7 +75,8 @@ class DetectOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is opened."""
-        Grid(1, 1, self.tile, self.overlap)  # refuses what no grid can have
+        tile = max(1, self.overlap + 1) if self.tile is None else self.tile
+        Grid(1, 1, tile, self.overlap)  # refuses what no grid can have
         if self.score is not None and not 0 <= self.score <= 1:
             raise ParameterError(f"score is {self.score:g}, expected a number from 0 to 1")
         if self.classes is not None and not self.classes:
@@ -213,21 +213,11 @@ def plan_for(scene: Scene, header: Header, options: DetectOptions) -> Plan:
     a ground sampling asked of a scene without georeference.
     """
     sensor = str(scene.sensor)
-    if sensor not in header.classes:
-        raise WeightsError(
-            f'weights "{header.name}" know nothing of {sensor} (they know {", ".join(header.classes)}): '
-            "pass weights trained on it, or another sensor if the scene was taken for the wrong one"
-        )
-    known = tuple(header.classes[sensor])
-    classes = known if options.classes is None else options.classes
-    for name in classes:
-        if name not in known:
-            raise ParameterError(f'unknown class "{name}" for {sensor}: the weights know {", ".join(known)}')
-    classes = tuple(name for name in known if name in classes)
+    classes = header.chosen(sensor, options.classes)
     low, high = header.gsd[sensor]
     scale, gsd, caution = _scale(scene.gsd, (low, high), options.gsd)
     height, width = scene.shape_at(scale)
-    grid = Grid(width=width, height=height, tile=options.tile, overlap=options.overlap)
+    grid = Grid(width=width, height=height, tile=options.tile or header.tile, overlap=options.overlap)
     return Plan(grid, scale, gsd, classes, caution)
 
 
@@ -446,7 +436,7 @@ def _provenance(
 
     sensor = str(scene.sensor)
     thresholds = weights.header.thresholds[sensor]
-    asked = asdict(replace(options, aoi=_name(options.aoi), device=device))
+    asked = asdict(replace(options, tile=plan.grid.tile, aoi=_name(options.aoi), device=device))
     return {
         "software": f"babelrs-geo {__version__}",
         "weights": {"name": weights.name, "sha256": weights.sha256},

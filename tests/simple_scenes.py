@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from babelrs_geo.detections import Detections
+from babelrs_geo.models.checkpoints import Header
+from babelrs_geo.models.detector import COMPACT
 
 LEFT, TOP, PIXEL = NORTH_UP.c, NORTH_UP.f, NORTH_UP.a
 
@@ -104,21 +106,24 @@ def rectangles_of(found: Detections) -> list[tuple[float, ...]]:
     return sorted(zip((cx - w / 2).tolist(), (cy - h / 2).tolist(), w.tolist(), h.tolist(), strict=True))
 
 
-@dataclass
-class BrightHeader:
-    """As the header of weights that know ships on SAR scenes, and vehicles and ships on RGB scenes."""
+@dataclass(frozen=True)
+class BrightHeader(Header):
+    """The header of weights that know ships on SAR scenes, and planes, ships and vehicles on RGB scenes."""
 
     name: str = "bright"
-    classes: dict[str, tuple[str, ...]] = field(
+    classes: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"sar": ("ship",), "rgb": ("plane", "ship", "vehicle")}
     )
-    box_kind: dict[str, str] = field(default_factory=lambda: {"sar": "horizontal", "rgb": "oriented"})
-    gsd: dict[str, tuple[float, float]] = field(
+    box_kind: Mapping[str, str] = field(default_factory=lambda: {"sar": "horizontal", "rgb": "oriented"})
+    gsd: Mapping[str, tuple[float, float]] = field(
         default_factory=lambda: {"sar": (5.0, 20.0), "rgb": (5.0, 20.0)}
     )
-    thresholds: dict[str, dict[str, float]] = field(
+    thresholds: Mapping[str, Mapping[str, float]] = field(
         default_factory=lambda: {"sar": {"ship": 0.3}, "rgb": {"plane": 0.3, "ship": 0.4, "vehicle": 0.5}}
     )
+    radiometry: Mapping[str, str] = field(default_factory=dict)
+    architecture: Mapping[str, Any] = field(default_factory=COMPACT.to_dict)
+    licence: str = "none"
 
 
 @dataclass

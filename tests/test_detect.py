@@ -27,6 +27,7 @@ from simple_scenes import (
 import babelrs_geo as bg
 from babelrs_geo import detect as detect_function
 from babelrs_geo.errors import GeorefError, LabelError, OutputError, ParameterError, SceneError, WeightsError
+from babelrs_geo.models.detector import DetectorConfig
 
 detect_module = sys.modules["babelrs_geo.detect"]
 SMALL = {"tile": 48, "overlap": 16}
@@ -225,7 +226,7 @@ def test_a_crs_that_is_none_or_cannot_show_the_ground_is_refused(scene, tmp_path
     ("given", "words"),
     [
         ({"tile": 0}, "tile is 0"),
-        ({"overlap": 640}, "overlap"),
+        ({"tile": 640, "overlap": 640}, "overlap"),
         ({"overlap": -1}, "overlap"),
         ({"score": 1.5}, "score is 1.5"),
         ({"classes": ()}, "classes is empty"),
@@ -238,6 +239,17 @@ def test_a_crs_that_is_none_or_cannot_show_the_ground_is_refused(scene, tmp_path
 def test_options_out_of_range_are_refused_before_anything_is_opened(given, words):
     with pytest.raises(ParameterError, match=words):
         bg.DetectOptions(**given)
+
+
+def test_the_tile_is_the_weights_own_unless_given(tmp_path):
+    with bg.open_scene(write_scene(tmp_path / "s.tif", canvas(900, 50, [])), "sar") as scene:
+        plan = detect_module.plan_for
+        assert plan(scene, BrightHeader(), bg.DetectOptions()).grid.tile == 640
+        full = BrightHeader(architecture=DetectorConfig().to_dict())
+        assert plan(scene, full, bg.DetectOptions()).grid.tile == 800
+        assert plan(scene, full, bg.DetectOptions(tile=320)).grid.tile == 320
+        with pytest.raises(ParameterError, match="overlap is 800 and tile 800"):
+            plan(scene, full, bg.DetectOptions(overlap=800))
 
 
 def test_devices():

@@ -100,7 +100,7 @@ class ModelArguments:
     classes: tuple[str, ...] | None
     score: float | None
     gsd: float | str | None
-    tile: int
+    tile: int | None
     overlap: int
     aoi: str | None
     device: str
@@ -172,7 +172,7 @@ def model_options(command: Command) -> Command:
             default="compact",
             show_default=True,
             metavar="NAME|FILE",
-            help="Bundled weights, or a file.",
+            help="Weights by name (see weights list), or a file.",
         ),
         click.option(
             "--classes",
@@ -190,7 +190,7 @@ def model_options(command: Command) -> Command:
             "--gsd", type=Gsd(), help="Metres per pixel to read at; unless given, in the weights' range."
         ),
         click.option(
-            "--tile", type=int, default=640, show_default=True, metavar="PX", help="Side of a tile."
+            "--tile", type=int, metavar="PX", help="Side of a tile; the weights' own unless given."
         ),
         click.option(
             "--overlap", type=int, default=128, show_default=True, metavar="PX", help="Shared by neighbours."

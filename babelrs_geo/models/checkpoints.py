@@ -1,5 +1,7 @@
-"""Weights on disk: safetensors in half precision under a JSON header that says what they are and may be used
-for.
+"""Weights on disk: safetensors under a JSON header that says what they are and may be used for.
+
+A detector has a `Header`, what training can start from has a `Start`. Trained detectors are stored in half
+precision, imported weights as their file has them; all compute in float32.
 """
 
 from __future__ import annotations
@@ -7,23 +9,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from babelrs_geo.errors import OutputError, WeightsError
+from babelrs_geo.errors import OutputError, ParameterError, WeightsError
 from babelrs_geo.models.detector import Detector, DetectorConfig
+from babelrs_geo.models.official import backbone_of, vision_of
 
 KEY = "babelrs_geo"
 """Where the header stands in the safetensors metadata."""
 FORMAT = 1
+
+StartKind = Literal["encoder", "vision-language"]
+State = Mapping[str, torch.Tensor]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Header:
     gsd: Mapping[str, tuple[float, float]]
     """Ground sampling range in metres by sensor: scenes outside are read resampled into it."""
     thresholds: Mapping[str, Mapping[str, float]]
-    """Least score that is reported, by sensor and class: best F1 on the validation split."""
+    """Least score that is reported, by sensor and class, by F1 on the validation split."""
     radiometry: Mapping[str, str]
     """How pixels become values in [0, 1], by sensor, in words."""
     architecture: Mapping[str, Any]
@@ -55,6 +63,29 @@ class Header:
     def config(self) -> DetectorConfig:
         """The architecture as a configuration."""
         return DetectorConfig.from_dict(self.architecture)
+
+    @property
+    def tile(self) -> int:
+        """Side in pixels of the images that the weights were made for."""
+        return self.config.backbone.vit.image_size
+
+    def chosen(self, sensor: str, classes: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Those of `classes` (all by default) that the weights know for the sensor, in their own order.
+
+        Raises `WeightsError` where they lack the sensor, `ParameterError` for a class they do not know.
+        """
+        if sensor not in self.classes:
+            raise WeightsError(
+                f'weights "{self.name}" know nothing of {sensor} (they know {", ".join(self.classes)}): pass '
+                "weights trained on it, or another sensor if the scene was taken for the wrong one"
+            )
+        known = self.classes[sensor]
+        for name in classes or ():
+            if name not in known:
+                raise ParameterError(
+                    f'unknown class "{name}" for {sensor}: the weights know {", ".join(known)}'
+                )
+        return tuple(name for name in known if classes is None or name in classes)
 
     def to_json(self) -> str:
         """The header as it is stored."""
@@ -81,22 +112,50 @@ class Header:
             ) from cause
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a checkpoint that training starts from says of itself; it finds nothing yet."""
+
+    kind: StartKind
+    """An encoder alone, in the names of the published one, or encoder, projector and language model, in the
+    names of transformers' InternVL.
+    """
+    name: str
+    architecture: Mapping[str, Any]
+    """Sizes: `ViTConfig` or `official.PivotSizes` as plain values."""
+    licence: str
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Where the weights come from."""
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The header as it is stored."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
 def save(path: str | os.PathLike[str], model: Detector, header: Header) -> None:
-    """Write weights in half precision with their header; the file appears whole or not at all."""
+    """Write a detector in half precision with its header; the file appears whole or not at all."""
+    write(path, {k: v.detach().half() for k, v in model.state_dict().items()}, {KEY: header.to_json()})
+
+
+def write(path: str | os.PathLike[str], state: State, metadata: Mapping[str, str]) -> None:
+    """Write tensors as they are, under safetensors metadata; the file appears whole or not at all.
+
+    Raises OutputError where it cannot be written.
+    """
     path = Path(path)
-    state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             temporary = Path(folder) / path.name
-            save_file(state, temporary, metadata={KEY: header.to_json()})
+            save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata=dict(metadata))
             temporary.chmod(0o644)  # safetensors writes for its owner alone
             temporary.replace(path)
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
         raise OutputError(f"{path} cannot be written ({cause}); choose a folder you may write to") from cause
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """The header alone, without reading the tensors. Raises WeightsError."""
+def read(path: str | os.PathLike[str]) -> Header | Start:
+    """What a checkpoint of ours says of itself, without reading the tensors. Raises WeightsError."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -105,8 +164,69 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             f"{path} is not a readable safetensors file ({cause}); give weights made by babelrs-geo"
         ) from cause
     if KEY not in metadata:
-        raise WeightsError(f"{path} has no babelrs-geo header; give weights made by babelrs-geo")
+        raise WeightsError(
+            f"{path} has no babelrs-geo header; give weights made by babelrs-geo, or make some of published "
+            "ones: babelrs-geo weights import"
+        )
+    try:
+        values = json.loads(metadata[KEY])
+        if isinstance(values, dict) and values.get("kind") in get_args(StartKind):
+            return Start(**values)
+    except (json.JSONDecodeError, TypeError) as cause:
+        raise WeightsError(f"{path}: its header cannot be read ({cause}); expected babelrs-geo's") from cause
     return Header.from_json(metadata[KEY])
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a detector, without reading the tensors. Raises WeightsError, also for a `Start`."""
+    header = read(path)
+    if isinstance(header, Start):
+        raise WeightsError(
+            f"{path} holds no detector but what one is trained from (kind {header.kind}): "
+            "give detector weights, such as the bundled compact"
+        )
+    return header
+
+
+def shapes(path: str | os.PathLike[str]) -> dict[str, Shape]:
+    """Names and shapes of the tensors in a safetensors file, without reading them."""
+    with safe_open(path, "pt") as file:
+        return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 (no iterator)
+
+
+def tensors(path: str | os.PathLike[str], device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file in the precision they are stored in."""
+    with safe_open(path, "pt", device=device) as file:
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no iterator)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint's file holds, beside what its header says."""
+
+    kind: str
+    """detector, encoder or vision-language."""
+    parameters: int
+    precision: str
+    """Types of the tensors, such as float16."""
+    sha256: str
+
+
+def describe(path: str | os.PathLike[str]) -> Contents:
+    """Look into a checkpoint of ours without loading it. Raises WeightsError."""
+    header = read(path)
+    sizes = {k: math.prod(shape) for k, shape in shapes(path).items()}
+    with safe_open(path, "pt") as file:
+        kinds = sorted({str(file.get_slice(k).get_dtype()) for k in sizes})
+    precision = ", ".join(_PRECISIONS.get(kind, kind) for kind in kinds)
+    if isinstance(header, Start):
+        return Contents(header.kind, sum(sizes.values()), precision, sha256(path))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Detector(header.config).parameters())
+    return Contents("detector", parameters, precision, sha256(path))
+
+
+_PRECISIONS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Detector, Header]:
@@ -118,27 +238,46 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Detector, H
     header = read_header(path)
     with torch.device("meta"):
         model = Detector(header.config)
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    with safe_open(path, "pt", device=device) as file:
-        there = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 (no iterator)
-        _check(path, wanted, there)
-        state = {k: file.get_tensor(k).float() for k in there}
-    model = Detector(header.config)
-    model.load_state_dict(state)
-    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), header
+    odd = differences({k: tuple(v.shape) for k, v in model.state_dict().items()}, shapes(path))
+    if odd:
+        raise WeightsError(f"{path} does not fit its own architecture: {odd}; get a whole copy")
+    model.load_state_dict({k: v.float() for k, v in tensors(path, device).items()}, assign=True)
+    for name, values in model.normalisation().items():  # not in the file, so still without values
+        setattr(model, name, values.to(device))
+    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False), header
 
 
-def _check(path: Any, wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> None:
+def start_backbone(model: Detector, path: str | os.PathLike[str]) -> None:
+    """Put an imported or pretrained encoder (a `Start` of either kind) into a detector, resized to its images.
+
+    Every tensor of the transformer is replaced, its neighbours are left alone. Raises WeightsError where the
+    file is no start or its sizes are others.
+    """
+    start = read(path)
+    if isinstance(start, Header):
+        raise WeightsError(f"{path} is a whole detector; expected an encoder: babelrs-geo weights import")
+    state = tensors(path)
+    vit = model.config.backbone.vit
+    backbone = backbone_of(vision_of(state) if start.kind == "vision-language" else state, vit)
+    kinds = ("backbone.embeddings.", "backbone.layers.")
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.startswith(kinds)}
+    odd = differences(wanted, {k: tuple(v.shape) for k, v in backbone.items()})
+    if odd:
+        raise WeightsError(f"the encoder {path} does not fit the detector's transformer: {odd}")
+    model.load_state_dict(backbone, strict=False)
+
+
+def differences(wanted: Mapping[str, Shape], there: Mapping[str, Shape]) -> str:
+    """The first keys that are missing, unexpected and mis-shaped, and how many; empty where all is as wanted."""
     missing = [k for k in wanted if k not in there]
     surplus = [k for k in there if k not in wanted]
     shaped = [f"{k} {there[k]} for {wanted[k]}" for k in wanted if k in there and there[k] != wanted[k]]
-    if missing or surplus or shaped:
-        parts = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])})"
-            for what, keys in (("missing", missing), ("unexpected", surplus), ("mis-shaped", shaped))
-            if keys
-        ]
-        raise WeightsError(f"{path} does not fit its own architecture: {'; '.join(parts)}; get a whole copy")
+    parts = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", surplus), ("mis-shaped", shaped))
+        if keys
+    ]
+    return "; ".join(parts)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -36,6 +36,12 @@ _CLASSES = {
 }  # fmt: skip
 
 
+PLAIN_SUM: Mapping[str, float] = {"sar": 1.0, "rgb": 1.0, "ir": 1.0}
+"""Loss weights of the paper, whose loss is the plain sum over the sensors."""
+RGB_HEAVIER: Mapping[str, float] = {"sar": 1.0, "rgb": 1.5, "ir": 1.0}
+"""Loss weights of the original code, from which the published figures come."""
+
+
 @dataclass(frozen=True)
 class DetectorConfig:
     """Architecture and classes. Defaults are the paper's full model on SOI-Det: 378,012,045 parameters."""
@@ -50,7 +56,10 @@ class DetectorConfig:
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     """Normalisation of 8-bit values; ImageNet's for every sensor."""
-    loss_weights: Mapping[str, float] = field(default_factory=lambda: {"sar": 1.0, "rgb": 1.5, "ir": 1.0})
+    loss_weights: Mapping[str, float] = field(default_factory=lambda: dict(PLAIN_SUM))
+    """Weight of each sensor's losses: `PLAIN_SUM` as the paper writes, or `RGB_HEAVIER` as the original code has
+    it. Weights trained either way fit.
+    """
 
     def labels(self, sensor: str) -> slice:
         """The sensor's share of the shared label space."""
@@ -113,6 +122,7 @@ COMPACT = DetectorConfig(
     },
     mean=(127.0, 127.0, 127.0),
     std=(128.0, 128.0, 128.0),
+    loss_weights=dict(RGB_HEAVIER),
 )  # fmt: skip
 """The bundled detector's configuration: EfficientNet-Lite0 as its spatial prior, 15 classes."""
 
@@ -134,9 +144,14 @@ class Detector(nn.Module):
         self.rgb_roi_head = OrientedRoI(c.roi, c.neck_channels, classes)
         self.ifr_rpn_head = OrientedRPN(c.rpn, c.neck_channels)
         self.ifr_roi_head = OrientedRoI(c.roi, c.neck_channels, classes)
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(c, name)).view(1, 3, 1, 1) / 255
+        for name, values in self.normalisation().items():
             self.register_buffer(name, values, persistent=False)
+
+    def normalisation(self) -> dict[str, Tensor]:
+        """The buffers `mean` and `std` (1, 3, 1, 1) for values in [0, 1]: configuration, not weights."""
+        return {
+            name: torch.tensor(getattr(self.config, name)).view(1, 3, 1, 1) / 255 for name in ("mean", "std")
+        }
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Backbone maps of images (N, 3, H, W) in [0, 1]; padding to a multiple of 32 is added after normalising."""
@@ -145,6 +160,14 @@ class Detector(nn.Module):
         if bottom or right:
             x = nn.functional.pad(x, (0, right, 0, bottom))
         return self.backbone(x.contiguous(memory_format=torch.channels_last))
+
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        """Compute the backbone's blocks again in the backward pass: a third more work for much less memory.
+
+        Losses and gradients stay the same.
+        """
+        for interaction in self.backbone.interactions:
+            interaction.checkpointing = on
 
     def oriented_heads(self, sensor: str) -> tuple[OrientedRPN, OrientedRoI]:
         """Proposal and box head of RGB or infrared."""

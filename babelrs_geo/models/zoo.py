@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from babelrs_geo.boxes import from_le90, from_xyxy
 from babelrs_geo.detections import Detections
-from babelrs_geo.errors import ParameterError, WeightsError
+from babelrs_geo.errors import WeightsError
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.checkpoints import Header
 from babelrs_geo.models.detector import Detector, Prediction
@@ -30,15 +30,28 @@ def bundled() -> list[str]:
     return sorted(p.stem for p in BUNDLED.glob("*.safetensors"))
 
 
+def folder() -> Path:
+    """Where the user's own weights lie: `babelrs-geo/weights` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "babelrs-geo" / "weights"
+
+
+def known() -> dict[str, Path]:
+    """Every name that `find` knows, bundled weights first, and its file."""
+    found = {name: BUNDLED / f"{name}.safetensors" for name in bundled()}
+    return found | {p.stem: p for p in sorted(folder().glob("*.safetensors")) if p.stem not in found}
+
+
 def find(name_or_path: str | os.PathLike[str]) -> Path:
     """The file that a name or path means. Raises WeightsError that lists the names there are."""
     text = os.fspath(name_or_path)
-    if text in bundled():
-        return BUNDLED / f"{text}.safetensors"
+    names = known()
+    if text in names:
+        return names[text]
     if Path(text).is_file():
         return Path(text)
-    names = ", ".join(bundled()) or "none"
-    raise WeightsError(f'there are no weights "{text}": give a safetensors file or a bundled name ({names})')
+    raise WeightsError(
+        f'there are no weights "{text}": give a safetensors file or a name ({", ".join(names) or "none"})'
+    )
 
 
 @dataclass(frozen=True)
@@ -65,16 +78,9 @@ class Weights:
         know and ParameterError for such a class.
         """
         header = self.header
-        if sensor not in header.classes:
-            raise WeightsError(
-                f'weights "{self.name}" do not know sensor {sensor!r}; they know {", ".join(header.classes)}'
-            )
-        known = header.classes[sensor]
-        for name in classes or ():
-            if name not in known:
-                raise ParameterError(f'unknown class "{name}" for {sensor}; there are {", ".join(known)}')
+        chosen, known = header.chosen(sensor, classes), header.classes[sensor]
         own = header.thresholds[sensor]
-        least = np.array([_least(own, score, n) if not classes or n in classes else np.inf for n in known])
+        least = np.array([_least(own, score, n) if n in chosen else np.inf for n in known])
         first = self.model.config.labels(sensor).start
         oriented = header.box_kind[sensor] == "oriented"
 

@@ -83,7 +83,8 @@ def compare(folder: Path, weights: Weights, pictures: Path) -> dict[str, Any]:
     for name, truth in read_annotations(folder).items():
         with open_scene(folder / name, "rgb") as scene:
             found = detect(scene, weights, options).detections
-            in_tiles, in_window = hit(found, truth), hit_in_window(scene, weights, truth, options.tile)
+            side = options.tile or weights.header.tile
+            in_tiles, in_window = hit(found, truth), hit_in_window(scene, weights, truth, side)
             image = scene.read((0, 0, scene.width, scene.height)).image
         doubles += twice(found)
         aircraft += len(truth)
