@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
+from torch.utils.checkpoint import checkpoint
 
 from babelrs_geo.models.vit import Block, PatchEmbeddings, ViTConfig
 
@@ -61,7 +62,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention (Deformable DETR, eq. 3), always in float32.
+    """Multi-scale deformable attention (Deformable DETR, eq. 3), never in less than float32.
 
     Every query looks at P points around its own place on each level of the values, at learned offsets.
     """
@@ -96,8 +97,9 @@ class DeformableAttention(nn.Module):
         self, query: Tensor, places: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
         """Query (B, Q, D), places (Q, 2) as x, y in [0, 1], value (B, S, D) over levels of `shapes` (h, w)."""
+        exact = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
-            return self._attend(query.float(), places, value.float(), shapes)
+            return self._attend(query.to(exact), places, value.to(exact), shapes)
 
     def _attend(
         self, query: Tensor, places: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]
@@ -215,10 +217,14 @@ class Extractor(nn.Module):
 
 
 class Interaction(nn.Module):
-    """Inject, run some transformer blocks, extract."""
+    """Inject, run some transformer blocks, extract.
+
+    With `checkpointing`, what is inside is computed again in the backward pass instead of being kept.
+    """
 
     def __init__(self, config: AdapterConfig, extra: int) -> None:
         super().__init__()
+        self.checkpointing = False
         self.injector = Injector(config)
         self.extractor = Extractor(config)
         self.extra_extractors = nn.ModuleList(Extractor(config) for _ in range(extra))
@@ -226,13 +232,18 @@ class Interaction(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], at: Geometry
     ) -> tuple[Tensor, Tensor]:
-        x = self.injector(x, c, at)
+        x = self._run(self.injector, x, c, at)
         for block in blocks:
-            x = block(x)
-        c = self.extractor(c, x, at)
+            x = self._run(block, x)
+        c = self._run(self.extractor, c, x, at)
         for extractor in self.extra_extractors:
-            c = extractor(c, x, at)
+            c = self._run(extractor, c, x, at)
         return x, c
+
+    def _run(self, part: nn.Module, *inputs: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(part, *inputs, use_reentrant=False))
+        return part(*inputs)
 
 
 class ConvolutionalPrior(nn.Module):
