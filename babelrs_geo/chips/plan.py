@@ -27,6 +27,7 @@ from babelrs_geo.vectors import Objects
 _ALIGN = (
     512  # most files' blocks divide it, so that scenes of one grid are parted alike however they are stored
 )
+_LARGEST = 4096  # blocks of a file beyond this are not kept whole: a block of ground would be too large
 _FEW = 4  # a scene of fewer blocks stays whole
 _RUN = 6  # blocks a region has at most: bounds the memory of a task
 _LINKED = 0.01  # of a block's ground shared with another scene's: they go to the same split
@@ -120,8 +121,10 @@ def _blocks(scene: Scene, options: ChipOptions) -> list[list[Rect]]:
     """Rows of the scene's blocks; together they partition it."""
     span = options.size + (options.block - 1) * (options.size - options.overlap)
     down, across = scene.facts.block
-    columns = _cuts(scene.width, _side(span, across, options.size), options.size)
-    rows = _cuts(scene.height, _side(span, down, options.size), options.size)
+    columns = _cuts(
+        scene.width, _side(span, across if across < scene.width else 1, options.size), options.size
+    )
+    rows = _cuts(scene.height, _side(span, down if down < scene.height else 1, options.size), options.size)
     if (len(columns) - 1) * (len(rows) - 1) < _FEW:
         return [[Rect(0, 0, scene.width, scene.height)]]
     return [
@@ -131,8 +134,10 @@ def _blocks(scene: Scene, options: ChipOptions) -> list[list[Rect]]:
 
 
 def _side(span: int, file_block: int, size: int) -> int:
-    """Pixels of a block's side: about `span`, at least `size`, whole blocks of the file if these are not larger."""
-    unit = _ALIGN if _ALIGN % file_block == 0 or file_block > 2 * span else file_block
+    """Pixels of a block's side: about `span`, at least `size`, in whole blocks of the file."""
+    unit = min(_ALIGN, 1 << (max(span // 2, 16).bit_length() - 1))
+    if unit % file_block and file_block <= _LARGEST:
+        unit = file_block
     return max(round(span / unit), -(-size // unit), 1) * unit
 
 
