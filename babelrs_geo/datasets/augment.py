@@ -42,6 +42,8 @@ def load_image(record: Record) -> Tensor:
     """Image of a record as (3, H, W) float32 in [0, 1]; grey is repeated."""
     with Image.open(record.path) as image:
         array = np.asarray(image.convert("RGB"), dtype=np.uint8)
+    if record.border:
+        array = array[record.border : -record.border, record.border : -record.border]
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
 
 

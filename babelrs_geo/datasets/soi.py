@@ -29,6 +29,8 @@ class Record:
     """(N, 5) cxcywhr in pixels of the image."""
     labels: NDArray[np.int64]
     """(N,) indices into the sensor's own classes."""
+    border: int = 0
+    """Pixels of white border around the image in the file, which are no part of the image."""
 
 
 def read_split(root: Path, sensor: str, split: str, classes: Sequence[str]) -> list[Record]:
@@ -80,6 +82,9 @@ def _dota(folder: Path, images: Sequence[str], sensor: str, classes: Sequence[st
         if path.stem not in by_stem:
             raise LabelError(f"{path} has no image; expected {path.stem}.png or .jpg in {folder / images[0]}")
         rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        rows = [
+            row for row in rows if row[0].partition(":")[0] not in ("imagesource", "gsd")
+        ]  # DOTA's own header
         quads = np.array([[float(v) for v in row[:8]] for row in rows]).reshape(-1, 4, 2)
         labels = np.array([_index(row[8], classes, path) for row in rows], np.int64)
         boxes = from_corners(quads)
