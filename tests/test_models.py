@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from tiny_model import TINY
 from torch import Tensor
 
-from babelrs_geo.boxes import from_le90, rotated_iou_pairs
-from babelrs_geo.models.adapter import DeformableAttention
 from babelrs_geo.models.detector import COMPACT, Detector, DetectorConfig, HorizontalTarget, OrientedTarget
 from babelrs_geo.models.gfl import atss_assign
 from babelrs_geo.models.oriented_rcnn import rotated_nms
-from babelrs_geo.models.rotated import MidpointOffset, RotatedDelta, outer, vertices, wrap
+from babelrs_geo.models.rotated import outer
 from babelrs_geo.models.vit import attention
 
 
@@ -36,35 +31,6 @@ def test_the_full_configuration_has_378_million_parameters() -> None:
 # ---- slow references
 
 
-def test_deformable_attention_looks_where_it_says() -> None:
-    torch.manual_seed(0)
-    shapes, heads, points, dim = [(4, 6), (2, 3)], 2, 3, 8
-    layer = DeformableAttention(dim, heads, points, 2)
-    torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.3)
-    torch.nn.init.normal_(layer.attention_weights.weight)
-    query, places = torch.randn(1, 5, dim), torch.rand(5, 2)
-    value = torch.randn(1, 24 + 6, dim)
-    got = layer(query, places, value, shapes)
-
-    projected = layer.value_proj(value)[0].view(30, heads, dim // heads)
-    offsets = layer.sampling_offsets(query)[0].view(5, heads, 2, points, 2)
-    weights = layer.attention_weights(query)[0].view(5, heads, -1).softmax(-1).view(5, heads, 2, points)
-    want = torch.zeros(5, heads, dim // heads)
-    for q in range(5):
-        for m in range(heads):
-            for level, (h, w) in enumerate(shapes):
-                table = projected[: h * w, m] if level == 0 else projected[24:, m]
-                for p in range(points):
-                    x = (places[q, 0] * w + offsets[q, m, level, p, 0] - 0.5).item()
-                    y = (places[q, 1] * h + offsets[q, m, level, p, 1] - 0.5).item()
-                    for j in (math.floor(y), math.floor(y) + 1):
-                        for i in (math.floor(x), math.floor(x) + 1):
-                            if 0 <= i < w and 0 <= j < h:
-                                share = (1 - abs(x - i)) * (1 - abs(y - j))
-                                want[q, m] += weights[q, m, level, p] * share * table[j * w + i]
-    same(got[0], layer.output_proj(want.flatten(1)), 1e-5)
-
-
 def test_explicit_and_fused_attention_agree() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 50, 16) for _ in range(3))
@@ -76,49 +42,6 @@ def test_an_anchor_claimed_twice_goes_to_the_box_it_overlaps_most() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11]])
     assert atss_assign(anchors, [3], boxes, 1).tolist() == [0, -1, -1]
     assert atss_assign(anchors, [3], boxes[:0], 9).tolist() == [-1, -1, -1]
-
-
-sizes = st.floats(6, 120)
-oriented = st.tuples(st.floats(-200, 200), st.floats(-200, 200), sizes, sizes, st.floats(-1.57, 1.57))
-
-
-def le90(box: tuple[float, ...]) -> Tensor:
-    cx, cy, w, h, a = box
-    if w < h:
-        w, h, a = h, w, a + math.pi / 2
-    return torch.tensor(
-        [[cx, cy, w, h, float(wrap(torch.tensor(a, dtype=torch.float64)))]], dtype=torch.float64
-    )
-
-
-@settings(max_examples=60, deadline=None)
-@given(oriented)
-def test_midpoint_offsets_come_back_as_the_same_rectangle(box: tuple[float, ...]) -> None:
-    boxes = le90(box)
-    # Vertices within .1 px of the extreme count as extreme; keep away from there.
-    corner = vertices(boxes)[0]
-    gaps = torch.cat([corner[:, k].sort().values.diff()[[0, 2]] for k in (0, 1)])
-    assume(bool(((gaps > 0.11) | (gaps < 1e-6)).all()))
-    anchors = outer(boxes) + torch.tensor([[3.0, -4.0, 5.0, 2.0]], dtype=torch.float64)
-    coder = MidpointOffset()
-    back = coder.decode(anchors, coder.encode(anchors, boxes))
-    assert rotated_iou_pairs(from_le90(boxes.numpy()), from_le90(back.numpy()))[0] > 1 - 1e-4
-
-
-@settings(max_examples=60, deadline=None)
-@given(oriented, st.floats(-0.7, 0.7))
-def test_rotated_deltas_come_back_exactly(box: tuple[float, ...], turn: float) -> None:
-    boxes = le90(box)
-    proposals = boxes + torch.tensor([[2.0, -3.0, 4.0, 1.0, turn]], dtype=torch.float64)
-    coder = RotatedDelta()
-    back = coder.decode(proposals, coder.encode(proposals, boxes))
-    assert rotated_iou_pairs(from_le90(boxes.numpy()), from_le90(back.numpy()))[0] > 1 - 1e-6
-
-
-def test_vertices_lie_on_the_bounds() -> None:
-    boxes = torch.tensor([[50.0, 60, 30, 10, 0.4], [10, 10, 8, 8, -1.2]])
-    corner = vertices(boxes)
-    same(torch.cat([corner.amin(1), corner.amax(1)], 1), outer(boxes), 1e-6)
 
 
 def test_rotated_nms_keeps_classes_apart() -> None:

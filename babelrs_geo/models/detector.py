@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from babelrs_geo.models.adapter import AdapterConfig, ViTAdapter
+from babelrs_geo.models.adapter import AdapterConfig, Interaction, ViTAdapter
 from babelrs_geo.models.fpn import SharedFPN
 from babelrs_geo.models.gfl import GFLConfig, GFLHead, HorizontalTarget
 from babelrs_geo.models.oriented_rcnn import OrientedRoI, OrientedRPN, OrientedTarget, RoIConfig, RPNConfig
@@ -166,8 +166,9 @@ class Detector(nn.Module):
 
         Losses and gradients stay the same.
         """
-        for interaction in self.backbone.interactions:
-            interaction.checkpointing = on
+        for part in self.backbone.modules():
+            if isinstance(part, Interaction):
+                part.checkpointing = on
 
     def oriented_heads(self, sensor: str) -> tuple[OrientedRPN, OrientedRoI]:
         """Proposal and box head of RGB or infrared."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
 from babelrs_geo.boxes import from_le90, rotated_iou
-from babelrs_geo.models.rotated import MidpointOffset, RotatedDelta, outer, roi_align
+from babelrs_geo.models.rotated import MidpointOffset, RotatedDelta, VertexRule, outer, roi_align
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class RPNConfig:
     pre_nms: int = 2000
     nms_iou: float = 0.8
     proposals: int = 2000
+    vertex_rule: VertexRule = "consistent"
+    """How boxes are encoded in training: "published" as the original, which loses the width of long boxes that are
+    almost upright, or "consistent". The same weights decode either.
+    """
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class OrientedRPN(nn.Module):
 
     def __init__(self, config: RPNConfig, in_channels: int) -> None:
         super().__init__()
-        self.config, self.coder = config, MidpointOffset()
+        self.config, self.coder = config, MidpointOffset(config.vertex_rule)
         anchors = len(config.ratios)
         self.rpn_conv = nn.Conv2d(in_channels, config.channels, 3, padding=1)
         self.rpn_cls = nn.Conv2d(config.channels, anchors, 1)
