@@ -15,14 +15,16 @@ bootstrap of a thousand replicates a matter of a second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from babelrs_geo.boxes import Floats, compiled, rotated_iou
+from babelrs_geo.boxes import Floats, areas, compiled, rotated_iou
 from babelrs_geo.detections import Detections
 from babelrs_geo.errors import ParameterError
 
@@ -33,6 +35,12 @@ THRESHOLDS: tuple[float, ...] = tuple(round(0.5 + 0.05 * step, 2) for step in ra
 
 COCO_LIMIT = 100
 """Detections that COCO counts in an image, per class."""
+
+Span = tuple[float, float]
+"""Areas in square pixels, from and to."""
+
+SIZES: dict[str, Span] = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, np.inf)}
+"""COCO's sizes; of an oriented box, the area of the box itself, not of its bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +121,7 @@ class _Matches:
     scores: NDArray[np.float32]  # (D,)
     images: NDArray[np.int64]  # (D,) which image each is in
     right: NDArray[np.bool_]  # (D, thresholds)
+    counted: NDArray[np.bool_]  # (D, thresholds) False for those that are neither right nor wrong
     truths: NDArray[np.int64]  # (images,) objects in each image
 
 
@@ -121,21 +130,24 @@ def average_precision(
     truths: Sequence[Detections],
     thresholds: Sequence[float] = THRESHOLDS,
     interpolation: Interpolation = "voc",
+    span: Span | None = None,
 ) -> Metrics:
     """Average precision of `predictions` against `truths`, one of each per image.
 
     Classes are those of the truths, matched by name: detections of other classes are not counted. Scores of
-    truths do not matter. Raises `ParameterError` for lists of different lengths, truths that differ in
-    classes, or no images.
+    truths do not matter. With a `span`, objects of other areas are neither asked for nor wrong to find, and wrong
+    detections of other areas do not count: `coco` takes both ends in, `voc` the lower one only, as
+    their originals do. Raises `ParameterError` for lists of different lengths, truths that differ in classes, or no
+    images.
     """
-    found = _match(predictions, truths, thresholds, interpolation)
+    found = _match(predictions, truths, thresholds, interpolation, span)
     once = np.ones((1, len(truths)))
     return Metrics(
         classes=truths[0].classes,
         thresholds=tuple(thresholds),
         ap=np.stack([_resampled(each, once, interpolation)[0] for each in found]),
         truths=np.array([each.truths.sum() for each in found]),
-        detections=np.array([len(each.scores) for each in found]),
+        detections=np.array([int(each.counted[:, 0].sum()) for each in found]),
     )
 
 
@@ -146,12 +158,13 @@ def bootstrap(
     seed: int = 0,
     thresholds: Sequence[float] = THRESHOLDS,
     interpolation: Interpolation = "voc",
+    span: Span | None = None,
 ) -> Intervals:
     """Percentile intervals of average precision over `n` resamplings of the images (Efron 1979).
 
     Each replicate draws as many images as there are, with replacement; the same `seed` draws the same.
     """
-    found = _match(predictions, truths, thresholds, interpolation)
+    found = _match(predictions, truths, thresholds, interpolation, span)
     count = len(truths)
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(count, np.full(count, 1 / count), size=n).astype(np.float64)
@@ -204,6 +217,64 @@ def precision_recall(
     return rates
 
 
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Precision against recall as the score falls."""
+
+    scores: NDArray[np.float64]
+    """(D,) from the highest down."""
+    precision: Floats
+    """(D,) of the detections down to each score."""
+    recall: Floats
+    """(D,) NaN where there is nothing to find."""
+
+    @classmethod
+    def of(cls, scores: ArrayLike, right: ArrayLike, truths: int) -> Curve:
+        """The curve of detections (D,) in any order, of which some are `right`, for `truths` objects."""
+        score, good = np.asarray(scores, np.float64), np.asarray(right, np.bool_)
+        order = np.argsort(-score, kind="stable")
+        found = np.cumsum(good[order])
+        recall = found / truths if truths else np.full(len(order), np.nan)
+        return cls(score[order], found / np.arange(1, len(order) + 1), recall)
+
+    @property
+    def area(self) -> float:
+        """Area under the monotone curve over all points, as `voc` counts; 0 without detections."""
+        best = np.maximum.accumulate(self.precision[::-1])[::-1]
+        return float((np.diff(self.recall, prepend=0.0) * best).sum())
+
+
+def curves(
+    predictions: Sequence[Detections],
+    truths: Sequence[Detections],
+    iou: float = 0.5,
+    interpolation: Interpolation = "voc",
+) -> dict[str, Curve]:
+    """The curve of each class that has truth, at one IoU."""
+    found = zip(truths[0].classes, _match(predictions, truths, (iou,), interpolation), strict=True)
+    return {
+        name: Curve.of(each.scores, each.right[:, 0], int(each.truths.sum()))
+        for name, each in found
+        if each.truths.any()
+    }
+
+
+def wilson(hits: int, of: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a share, `hits` out of `of` (Wilson 1927): within [0, 1] for any counts, NaN for none."""
+    if not of:
+        return float("nan"), float("nan")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = hits / of
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    reach = z / (1 + z * z / of) * sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def class_weighted(values: Mapping[str, float], classes: Mapping[str, int]) -> float:
+    """The sensors' means weighted by their numbers of classes: the mean over all classes (BabelRS's overall)."""
+    return sum(values[s] * classes[s] for s in values) / sum(classes[s] for s in values)
+
+
 def h_mean(sar: float, rgb: float, ir: float) -> float:
     """Harmonic mean over the three sensors (BabelRS's H-mAP): 3 / (1/sar + 1/rgb + 1/ir); 0 if one is 0."""
     if min(sar, rgb, ir) <= 0:
@@ -244,6 +315,7 @@ def _match(
     truths: Sequence[Detections],
     thresholds: Sequence[float],
     interpolation: Interpolation,
+    span: Span | None = None,
 ) -> list[_Matches]:
     """Which detections are right, for each class of the truths."""
     if interpolation not in ("voc", "coco"):
@@ -257,7 +329,7 @@ def _match(
         if truth.classes != classes:
             raise ParameterError(f"truths of {truth.classes} and of {classes}; evaluate one set at a time")
     limits = np.array([min(t, 1 - 1e-10) if interpolation == "coco" else t for t in thresholds], np.float64)
-    return [_match_class(predictions, truths, name, limits, interpolation) for name in classes]
+    return [_match_class(predictions, truths, name, limits, interpolation, span) for name in classes]
 
 
 def _match_class(
@@ -266,58 +338,86 @@ def _match_class(
     name: str,
     limits: Floats,
     interpolation: Interpolation,
+    span: Span | None,
 ) -> _Matches:
-    scores, images, right = [], [], []
+    scores, images, right, counted = [], [], [], []
     counts = np.zeros(len(truths), np.int64)
     for image, (prediction, truth) in enumerate(zip(predictions, truths, strict=True)):
         objects = truth.boxes[truth.labels == truth.classes.index(name)]
-        counts[image] = len(objects)
+        beside = _beyond(objects, span, interpolation)
+        counts[image] = len(objects) - beside.sum()
+        order = np.argsort(beside, kind="stable")  # those asked for first
+        objects, beside = objects[order], beside[order]
         if name not in prediction.classes:
             continue
         mine = np.flatnonzero(prediction.labels == prediction.classes.index(name))
         mine = mine[np.argsort(-prediction.scores[mine], kind="stable")]
         if interpolation == "coco":
             mine = mine[:COCO_LIMIT]
-        hit = np.zeros((len(mine), len(limits)), np.bool_)
+        hit, aside = (np.zeros((len(mine), len(limits)), np.bool_) for _ in range(2))
         if len(mine) and len(objects):
             iou = rotated_iou(prediction.boxes[mine], objects)
-            (_take_best_free if interpolation == "coco" else _take_best_only)(iou, limits, hit)
+            take = _take_best_free if interpolation == "coco" else _take_best_only
+            take(iou, limits, beside, hit, aside)
+        aside |= ~hit & _beyond(prediction.boxes[mine], span, interpolation)[:, None]
         scores.append(prediction.scores[mine])
         images.append(np.full(len(mine), image))
         right.append(hit)
+        counted.append(~aside)
     score = np.concatenate([np.zeros(0, np.float32), *scores])
     order = np.argsort(-score, kind="stable")
     return _Matches(
         scores=score[order],
         images=np.concatenate([np.zeros(0, np.int64), *images])[order],
         right=np.concatenate([np.zeros((0, len(limits)), np.bool_), *right])[order],
+        counted=np.concatenate([np.zeros((0, len(limits)), np.bool_), *counted])[order],
         truths=counts,
     )
 
 
+def _beyond(boxes: Floats, span: Span | None, interpolation: Interpolation) -> NDArray[np.bool_]:
+    """Which boxes (N,) have another area than asked for."""
+    if span is None:
+        return np.zeros(len(boxes), np.bool_)
+    area = areas(boxes)
+    beyond: NDArray[np.bool_] = (area < span[0]) | (
+        area > span[1] if interpolation == "coco" else area >= span[1]
+    )
+    return beyond
+
+
 @compiled
-def _take_best_free(iou, limits, hit):  # type: ignore[no-untyped-def]
-    """COCO: each detection takes the free truth it overlaps most, the later one where they tie."""
+def _take_best_free(iou, limits, beside, hit, aside):  # type: ignore[no-untyped-def]
+    """COCO: each detection takes the free truth it overlaps most, the later one where they tie; one that is
+    `beside` the point only where no other is left.
+    """
     taken = np.zeros((len(limits), iou.shape[1]), np.bool_)
     for t in range(len(limits)):
         for d in range(len(iou)):
             best, which = limits[t], -1
             for g in range(iou.shape[1]):
+                if which >= 0 and beside[g] and not beside[which]:
+                    break
                 if not taken[t, g] and iou[d, g] >= best:
                     best, which = iou[d, g], g
             if which >= 0:
                 taken[t, which] = True
-                hit[d, t] = True
+                hit[d, t] = not beside[which]
+                aside[d, t] = beside[which]
 
 
 @compiled
-def _take_best_only(iou, limits, hit):  # type: ignore[no-untyped-def]
+def _take_best_only(iou, limits, beside, hit, aside):  # type: ignore[no-untyped-def]
     """VOC: each detection takes the truth it overlaps most, the first where they tie, if it is free."""
     taken = np.zeros((len(limits), iou.shape[1]), np.bool_)
     for d in range(len(iou)):
         which = np.argmax(iou[d])
         for t in range(len(limits)):
-            if iou[d, which] >= limits[t] and not taken[t, which]:
+            if iou[d, which] < limits[t]:
+                continue
+            if beside[which]:
+                aside[d, t] = True
+            elif not taken[t, which]:
                 taken[t, which] = True
                 hit[d, t] = True
 
@@ -326,12 +426,12 @@ def _resampled(matches: _Matches, draws: Floats, interpolation: Interpolation) -
     """Average precision (replicates, thresholds) where image k counts draws[:, k] times."""
     out = np.full((len(draws), matches.right.shape[1]), np.nan)
     recalls = np.linspace(0, 1, 101) if interpolation == "coco" else np.zeros(0)
-    _average(matches.images, matches.right, draws, draws @ matches.truths, recalls, out)
+    _average(matches.images, matches.right, matches.counted, draws, draws @ matches.truths, recalls, out)
     return out
 
 
 @compiled
-def _average(images, right, draws, truths, recalls, out):  # type: ignore[no-untyped-def]
+def _average(images, right, counted, draws, truths, recalls, out):  # type: ignore[no-untyped-def]
     """Area under the precision curve; at the given recalls, or over all points if there are none given."""
     n = len(images)
     recall, precision = np.empty(n), np.empty(n)
@@ -342,7 +442,8 @@ def _average(images, right, draws, truths, recalls, out):  # type: ignore[no-unt
             good, all_ = 0.0, 0.0
             for k in range(n):
                 weight = draws[b, images[k]]
-                all_ += weight
+                if counted[k, t]:
+                    all_ += weight
                 if right[k, t]:
                     good += weight
                 recall[k] = good / truths[b]

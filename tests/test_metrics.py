@@ -54,8 +54,8 @@ def scenes(images: int, seed: int = 0, oriented: bool = False, ties: bool = Fals
     return predictions, truths
 
 
-def coco_says(predictions, truths) -> np.ndarray:
-    """(classes, thresholds) by pycocotools."""
+def coco_says(predictions, truths, size: str = "all") -> np.ndarray:
+    """(classes, thresholds) by pycocotools, of objects of one of its sizes."""
     coco = pytest.importorskip("pycocotools.coco")
     from pycocotools.cocoeval import COCOeval
 
@@ -78,7 +78,7 @@ def coco_says(predictions, truths) -> np.ndarray:
                     "image_id": image + 1,
                     "category_id": int(label) + 1,
                     "bbox": xywh(row),
-                    "area": 1,
+                    "area": row[2] * row[3],
                     "iscrowd": 0,
                 }
             )
@@ -98,7 +98,8 @@ def coco_says(predictions, truths) -> np.ndarray:
         e = COCOeval(truth, truth.loadRes(found), "bbox")
         e.evaluate()
         e.accumulate()
-    precision = e.eval["precision"][:, :, :, 0, 2]  # T, R, K
+    which = ["all", "small", "medium", "large"].index(size)
+    precision = e.eval["precision"][:, :, :, which, 2]  # T, R, K
     mean = precision.mean(1).T
     return np.where(mean < 0, np.nan, mean)
 
@@ -110,6 +111,93 @@ def test_coco_equals_pycocotools(seed, ties):
     ours = metrics.average_precision(predictions, truths, interpolation="coco")
     np.testing.assert_allclose(ours.ap, coco_says(predictions, truths), atol=1e-9)
     assert np.isnan(ours.by_class()["absent"]) and 0.1 < ours.map < ours.ap50 < 1
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_coco_by_size_equals_pycocotools(size):
+    predictions, truths = scenes(60, 9)
+    sides = np.random.default_rng(2).uniform(0.8, 6, 60)  # objects of 5 to 150 pixels
+    grown = [
+        [
+            Detections(d.boxes * [k, k, k, k, 1], d.scores, d.labels, NAMES, False)
+            for d, k in zip(group, sides, strict=True)
+        ]
+        for group in (predictions, truths)
+    ]
+    ours = metrics.average_precision(*grown, interpolation="coco", span=metrics.SIZES[size])
+    np.testing.assert_allclose(ours.ap, coco_says(*grown, size), atol=1e-9)
+    assert 0.1 < ours.map < 1 and 0 < ours.truths.sum() < sum(len(t) for t in truths)
+
+
+def test_voc_by_size_neither_asks_for_other_sizes_nor_counts_them():
+    small, large = [20.0, 20, 10, 10, 0], [200.0, 200, 200, 100, 30]
+    truth = [Detections(np.array([small, large]), [1, 1], [0, 0], ("ship",), True)]
+    lost = [500.0, 500, 200, 200, 0]
+    found = [Detections(np.array([lost, large, small]), [0.9, 0.8, 0.7], [0, 0, 0], ("ship",), True)]
+    ap = {
+        name: metrics.average_precision(found, truth, span=span).by_class()["ship"]
+        for name, span in metrics.SIZES.items()
+    }
+    assert ap["small"] == 1.0 and np.isnan(ap["medium"]) and ap["large"] == pytest.approx(0.5)
+    spread = metrics.bootstrap(found * 2, truth * 2, n=3, span=metrics.SIZES["small"])
+    assert spread.ap50() == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("interpolation", ["voc", "coco"])
+def test_the_sizes_part_the_objects(interpolation):
+    predictions, truths = scenes(30, 10, oriented=True)
+    counts = [
+        metrics.average_precision(predictions, truths, interpolation=interpolation, span=span).truths
+        for span in metrics.SIZES.values()
+    ]
+    whole = metrics.average_precision(predictions, truths, interpolation=interpolation)
+    np.testing.assert_array_equal(sum(counts), whole.truths)
+
+
+def test_a_curve_has_the_area_that_voc_counts():
+    predictions, truths = scenes(40, 11, oriented=True)
+    ours = metrics.average_precision(predictions, truths).by_class()
+    found = metrics.curves(predictions, truths)
+    assert set(found) == {name for name, value in ours.items() if not np.isnan(value)}
+    for name, curve in found.items():
+        assert curve.area == pytest.approx(ours[name], abs=1e-12)
+        assert (np.diff(curve.scores) <= 0).all() and (np.diff(curve.recall) >= 0).all()
+        rate = metrics.precision_recall(predictions, truths)[name]
+        assert rate[0] == pytest.approx(curve.precision[-1], abs=0.05)
+    nothing = metrics.Curve.of([], [], 3)
+    assert nothing.area == 0.0
+
+
+def test_wilson_intervals_hold_the_share_and_reach_the_level():
+    assert np.isnan(metrics.wilson(0, 0)).all()
+    for hits, of in ((0, 1), (1, 1), (0, 50), (50, 50), (7, 20)):
+        low, high = metrics.wilson(hits, of)
+        assert 0 <= low <= hits / of <= high <= 1 and low < high
+    # Wilson's own equation: the share is one standard error of either end times z away
+    low, high = metrics.wilson(7, 20)
+    for end in (low, high):
+        assert abs(0.35 - end) / np.sqrt(end * (1 - end) / 20) == pytest.approx(1.959964, abs=1e-5)
+
+
+# AP50 and mAP of SAR, RGB and infrared in the paper's main table, and the overall figures it gives for them
+PUBLISHED = {
+    "BabelRS": ((63.3, 46.96, 51.32), 51.57, 53.02, (91.7, 77.73, 79.63), 81.32),
+    "SM3Det": ((60.64, 46.47, 48.87), 50.2, 51.31, (89.94, 77.88, 77.99), 80.68),
+    "simple joint training": ((53.46, 45.18, 44.99), 47.05, 47.57, (84.11, 76.37, 73.28), 77.56),
+}
+
+
+@pytest.mark.parametrize("row", PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_overall_figures_equal_the_published_ones(row):
+    values, overall, harmonic, ap50, overall50 = row
+    counts = {"sar": 6, "rgb": 15, "ir": 5}
+
+    def by_sensor(figures):
+        return dict(zip(counts, figures, strict=True))
+
+    assert round(metrics.class_weighted(by_sensor(values), counts), 2) == overall
+    assert round(metrics.class_weighted(by_sensor(ap50), counts), 2) == overall50
+    assert round(metrics.h_mean(*values), 2) == harmonic
 
 
 def test_coco_gives_a_tie_to_the_later_truth():
