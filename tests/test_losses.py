@@ -36,7 +36,7 @@ def test_atss_equals_plain_loops(seed: int, objects: int, candidates: int) -> No
         x, y = (v.ravel() for v in np.meshgrid(grid, grid))
         # Unequal places, so that no two anchors are equally far.
         centre = np.stack([x, y], 1) + rng.uniform(-0.3, 0.3, (len(x), 2))
-        anchors.append(np.concatenate([centre - 4 * stride, centre + 4 * stride], 1))
+        anchors.append(np.concatenate([centre - stride, centre + stride], 1))
         counts.append(len(x))
     anchors, boxes = np.concatenate(anchors), upright(rng, objects)
     got = atss_assign(torch.from_numpy(anchors), counts, torch.from_numpy(boxes), candidates)
