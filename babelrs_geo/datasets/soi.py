@@ -19,6 +19,10 @@ from babelrs_geo.boxes import from_corners, from_xyxy
 from babelrs_geo.errors import LabelError
 
 
+FOLDERS = {"sar": "SARDet_50K", "rgb": "DOTA_800pix", "ir": "DroneVehicle"}
+"""The sensors' folders under a SOI-Det folder."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One labelled image of a benchmark."""
@@ -39,19 +43,39 @@ def read_split(root: Path, sensor: str, split: str, classes: Sequence[str]) -> l
     Images without objects are kept: they are background. Raises LabelError for a missing folder, a class
     outside `classes`, or an image that is not there.
     """
+    source = _annotations(root, sensor, split)
     if sensor == "sar":
-        return _coco(root / "SARDet_50K", split, classes)
-    if sensor == "rgb":
-        return _dota(root / "DOTA_800pix" / split, ("images",), sensor, classes)
-    if sensor == "ir":
-        return _dota(root / "DroneVehicle" / f"dota_{split}", ("images", "png_images"), sensor, classes)
-    raise LabelError(f"sensor {sensor!r} has no folder in SOI-Det; expected sar, rgb or ir")
+        return _coco(source, classes)
+    return _dota(source, ("images", "png_images"), sensor, classes)
 
 
-def _coco(folder: Path, split: str, classes: Sequence[str]) -> list[Record]:
-    path = folder / "Annotations" / f"after_merge_{split}.json"
-    if not path.is_file():
-        raise LabelError(f"{path} is missing; expected the COCO annotations of the {split} split there")
+def class_names(root: Path, sensor: str, split: str) -> tuple[str, ...]:
+    """The classes that a split's objects have, sorted. Raises LabelError for a missing folder."""
+    source = _annotations(root, sensor, split)
+    if sensor == "sar":
+        document = json.loads(source.read_text())
+        used = {item["category_id"] for item in document["annotations"]}
+        return tuple(sorted(c["name"] for c in document["categories"] if c["id"] in used))
+    return tuple(sorted({row[8] for path in source.glob("*.txt") for row in _rows(path)}))
+
+
+def _annotations(root: Path, sensor: str, split: str) -> Path:
+    """The COCO file (SAR) or the folder of DOTA texts of a split."""
+    if sensor not in FOLDERS:
+        raise LabelError(f"sensor {sensor!r} has no folder in SOI-Det; expected sar, rgb or ir")
+    if sensor == "sar":
+        path = root / FOLDERS[sensor] / "Annotations" / f"after_merge_{split}.json"
+        if not path.is_file():
+            raise LabelError(f"{path} is missing; expected the COCO annotations of the {split} split there")
+        return path
+    path = root / FOLDERS[sensor] / (split if sensor == "rgb" else f"dota_{split}") / "annfiles"
+    if not path.is_dir():
+        raise LabelError(f"{path} is missing; expected a folder of DOTA text files there")
+    return path
+
+
+def _coco(path: Path, classes: Sequence[str]) -> list[Record]:
+    folder = path.parents[1]
     document = json.loads(path.read_text())
     names = {c["id"]: c["name"] for c in document["categories"]}
     found: dict[int, tuple[list[list[float]], list[int]]] = {im["id"]: ([], []) for im in document["images"]}
@@ -72,25 +96,26 @@ def _coco(folder: Path, split: str, classes: Sequence[str]) -> list[Record]:
     return records
 
 
-def _dota(folder: Path, images: Sequence[str], sensor: str, classes: Sequence[str]) -> list[Record]:
-    annotations = folder / "annfiles"
-    if not annotations.is_dir():
-        raise LabelError(f"{annotations} is missing; expected a folder of DOTA text files there")
+def _dota(annotations: Path, images: Sequence[str], sensor: str, classes: Sequence[str]) -> list[Record]:
+    folder = annotations.parent
     by_stem = {p.stem: p for name in images for p in (folder / name).glob("*")}
     records = []
     for path in sorted(annotations.glob("*.txt")):
         if path.stem not in by_stem:
             raise LabelError(f"{path} has no image; expected {path.stem}.png or .jpg in {folder / images[0]}")
-        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
-        rows = [
-            row for row in rows if row[0].partition(":")[0] not in ("imagesource", "gsd")
-        ]  # DOTA's own header
+        rows = _rows(path)
         quads = np.array([[float(v) for v in row[:8]] for row in rows]).reshape(-1, 4, 2)
         labels = np.array([_index(row[8], classes, path) for row in rows], np.int64)
         boxes = from_corners(quads)
         thick = boxes[:, 2:4].min(1, initial=np.inf) >= 2
         records.append(Record(sensor, by_stem[path.stem], boxes[thick], labels[thick]))
     return records
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """Words of a DOTA text, without its header."""
+    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    return [row for row in rows if row[0].partition(":")[0] not in ("imagesource", "gsd")]
 
 
 def _index(name: str, classes: Sequence[str], path: Path) -> int:
