@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import shapely
 import torch
-from simple_scenes import NORTH_UP, UTM, Raster, write_raster
+from conftest import NORTH_UP, UTM, Raster, write_raster
 from test_scene_dataset import gcps
 from torch.utils.data import DataLoader
 from torchgeo.samplers import GridGeoSampler, PreChippedGeoSampler, RandomBatchGeoSampler, RandomGeoSampler

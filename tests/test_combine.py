@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import NORTH_UP, Raster, write_raster
 from rasterio.transform import from_origin
-from simple_scenes import NORTH_UP, Raster, write_raster
 from torch.utils.data import DataLoader
 from torchgeo.datasets import IntersectionDataset, RasterDataset, UnionDataset
 from torchgeo.samplers import GridGeoSampler, PreChippedGeoSampler, RandomBatchGeoSampler, RandomGeoSampler

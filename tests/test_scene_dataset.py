@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +13,12 @@ import pandas as pd
 import pytest
 import shapely
 import torch
+from conftest import NORTH_UP, UTM, Raster, write_raster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_origin
-from simple_scenes import NORTH_UP, UTM
+from test_georef import made_up_rpc
 from torch.utils.data import DataLoader
 from torchgeo.samplers import GridGeoSampler, PreChippedGeoSampler, RandomBatchGeoSampler, RandomGeoSampler
 
@@ -67,7 +69,6 @@ def gcps(width: int, height: int, turn: float = 0.2):
 
 @pytest.fixture(scope="module")
 def mapped(tmp_path_factory):
-    from simple_scenes import Raster, write_raster
 
     mask = np.ones((70, 90), bool)
     mask[:20, :30] = False
@@ -193,6 +194,20 @@ def test_control_points_are_indexed_by_footprint_and_not_warped(make_raster):
         assert np.hypot(*(np.array(middle) - asked)) < 0.75e-4  # the nearest pixel
 
 
+def test_rpcs_are_indexed_by_footprint_and_not_warped(make_raster):
+    rpcs = made_up_rpc()
+    path = make_raster(noise(400, 400), "rpcs", crs=None, transform=None, rpcs=rpcs)
+    scene, dataset = open_scene(path, "ir"), SceneDataset([path], "ir")
+    assert scene.georef.kind == "rpcs" and dataset.crs == "EPSG:4326"
+    same(dataset[next(iter(PreChippedGeoSampler(dataset)))], scene)
+    for query in RandomGeoSampler(dataset, 64, length=3):
+        sample = dataset[query]
+        same(sample, scene, sample["window"])
+        x, y, w, h = sample["window"]
+        px, py = scene.georef.to_pixel(*((s.start + s.stop) / 2 for s in query[:2]))
+        assert abs(x + w / 2 - px) <= 0.5 and abs(y + h / 2 - py) <= 0.5
+
+
 def test_scenes_in_another_crs_are_found_where_they_are(make_raster):
     here = make_raster(noise(), "here")
     lonlat = from_origin(-118.30, 33.76, 1e-4, 1e-4)
@@ -259,14 +274,16 @@ def test_labels_lie_on_their_pixels(make_raster, tmp_path):
     corner = [NORTH_UP @ p for p in ((50, 30), (70, 30), (70, 40), (50, 40))]
     frame = gpd.GeoDataFrame({"class": ["ship"]}, geometry=[shapely.Polygon(corner)], crs=UTM)
     frame.to_crs("EPSG:4326").to_file(tmp_path / "labels.gpkg")
-    dataset = SceneDataset([path], "sar", tmp_path / "labels.gpkg", classes=("car", "ship"))
+    visible = 0.41  # no share of 20 by 10 pixels is just that
+    options = GroundOptions(visible=visible)
+    dataset = SceneDataset([path], "sar", tmp_path / "labels.gpkg", ("car", "ship"), options)
     for query in RandomGeoSampler(dataset, 40, length=40):
         sample = dataset[query]
         bright = np.argwhere(sample["image"][0].numpy() > 0.5)
         x, y, _, _ = sample["window"]
         seen = max(0, min(x + 40, 70) - max(x, 50)) * max(0, min(y + 40, 40) - max(y, 30)) / 200
-        assert len(sample["boxes"]) == (seen >= 0.4)
-        assert sample["labels"].tolist() == [1] * (seen >= 0.4)
+        assert len(sample["boxes"]) == (seen >= visible)
+        assert sample["labels"].tolist() == [1] * (seen >= visible)
         if seen == 1:
             box = bounds(sample["boxes"])[0]
             assert np.allclose(box, [*bright.min(0)[::-1], *(bright.max(0)[::-1] + 1)], atol=0.05)
@@ -305,3 +322,27 @@ def test_many_scenes_do_not_stay_open(make_raster, tmp_path):
     held = {str(p.resolve()) for p in Path("/proc/self/fd").iterdir() if p.exists()}
     assert len(names) == 40 and not [h for h in held if str(tmp_path) in h]
     assert pickle.loads(pickle.dumps(dataset))[3]["name"] == "s3.tif"
+
+
+SCENES = Path(os.environ.get("BABELRS_GEO_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "scenes"
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SCENES.is_dir(), reason="the shared scenes are not here")
+@pytest.mark.parametrize(
+    ("name", "sensor"),
+    [("sentinel1_grd_gcps", "sar"), ("sentinel1_port_la_db", "sar"), ("rgb_dutch_orthophoto", "rgb")],
+)
+def test_real_scenes_are_read_as_they_are(name, sensor):
+    path = SCENES / f"{name}.tif"
+    scene, dataset = open_scene(path, sensor), SceneDataset([path], sensor)
+    whole = scene.read((0, 0, scene.width, scene.height))
+    sample = dataset[next(iter(PreChippedGeoSampler(dataset)))]
+    check(sample)
+    assert np.array_equal(sample["image"].numpy(), whole.image)
+    for query in RandomGeoSampler(dataset, 128, length=5):
+        sample = dataset[query]
+        check(sample)
+        x, y, w, h = sample["window"]
+        if min(x, y) >= 0 and x + w <= scene.width and y + h <= scene.height:
+            assert np.array_equal(sample["image"].numpy(), whole.image[:, y : y + h, x : x + w])
