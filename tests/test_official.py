@@ -125,6 +125,18 @@ def test_every_layout_comes_to_ours_and_back(layout: str) -> None:
     assert same(official.renamed(ours, table, back=True), theirs)
 
 
+def test_the_documentation_shows_the_tables() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text(encoding="utf-8")
+    for theirs, ours in official.DETECTOR + official.ENCODER + official.PIVOT:
+        assert f"| `{theirs}` | `{ours}`" in page
+    for name in official.UNUSED:
+        assert f"| `{name}` | unused" in page
+    assert "0.3 for every class" in page and official.SCORE == 0.3
+    for words, sensor in (("SAR {:g} to {:g} m", "sar"), ("RGB {:g} to {:g} m", "rgb")):
+        assert words.format(*official.GSD[sensor]) in page
+    assert "infrared {:g} to {:g} m".format(*official.GSD["ir"]) in page
+
+
 def test_two_tensors_for_one_name_are_refused() -> None:
     state = {"mlp1.0.bias": torch.zeros(1), "model.multi_modal_projector.layer_norm.bias": torch.zeros(1)}
     with pytest.raises(WeightsError, match=r"two tensors of the file stand for model\.multi_modal"):

@@ -159,16 +159,27 @@ def test_every_call_shown_is_understood(words):
     if words[0].startswith("-"):
         assert words[0] in ("--help", "--version")
         return
-    command = main.commands[words[0]]
+    command: click.Command = main
+    while isinstance(command, click.Group):
+        command = command.commands[words[0]]
+        name, words = words[0], words[1:]
     if "--help" not in words:
-        command.make_context(
-            words[0], list(words[1:])
-        )  # parses, runs nothing, raises what the user would see
+        command.make_context(name, list(words))  # parses, runs nothing, raises what the user would see
+
+
+def verbs(group: click.Group = main, above: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every verb with its full name, those of groups too."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from verbs(command, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", command
 
 
 def test_every_verb_is_in_the_readme_and_every_option_in_the_documentation():
-    for verb, command in main.commands.items():
-        assert f"babelrs-geo {verb}" in README
+    for verb, command in verbs():
+        assert f"babelrs-geo {verb.split()[0]}" in README
+        assert any(f"babelrs-geo {verb}" in page for page in PAGES)
         assert command.help
         for option in command.params:
             if isinstance(option, click.Option):

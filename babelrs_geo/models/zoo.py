@@ -38,7 +38,9 @@ def folder() -> Path:
 def known() -> dict[str, Path]:
     """Every name that `find` knows, bundled weights first, and its file."""
     found = {name: BUNDLED / f"{name}.safetensors" for name in bundled()}
-    return found | {p.stem: p for p in sorted(folder().glob("*.safetensors")) if p.stem not in found}
+    return found | {
+        p.stem: p for p in sorted(folder().glob("*.safetensors"), key=lambda p: p.stem) if p.stem not in found
+    }
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
