@@ -398,9 +398,10 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, zipped: bool) -
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(WeightsError, match=r"holds (posix|nt).mkdir beside its tensors, which may run code"):
         import_weights(tmp_path / "evil.pth", tmp_path / "w.safetensors")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Runs(trace)))
-    with pytest.raises(WeightsError, match=r"plain\.pth"):
-        import_weights(tmp_path / "plain.pth", tmp_path / "w.safetensors")
+    for protocol, words in ((2, "holds (posix|nt).mkdir"), (4, "is damaged, or holds more than tensors")):
+        (tmp_path / "plain.pth").write_bytes(pickle.dumps(Runs(trace), protocol))
+        with pytest.raises(WeightsError, match=words):
+            import_weights(tmp_path / "plain.pth", tmp_path / "w.safetensors")
     assert not trace.exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)  # the trap does work
     assert trace.exists()
@@ -422,6 +423,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "pointer.pth": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         "text.pth": (b"hello", "neither a whole safetensors file nor a torch checkpoint"),
         "empty.pth": (b"", "neither a whole safetensors file nor a torch checkpoint"),
+        "junk.pth": (b"\x80\x02 no pickle", "is damaged, or holds more than tensors"),
         "cut.pth": (whole[: len(whole) // 2], "is no whole torch checkpoint"),
         "cut.safetensors": ((folder / "whole.safetensors").read_bytes()[:-9], "neither a whole safetensors"),
         "index.json": (b'{"a": 1}', "is no index of safetensors shards"),
@@ -483,8 +485,10 @@ def test_outputs_are_guarded(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="is the name of bundled weights"):
         import_weights(source, options=ImportOptions(name="compact"))
     import_weights(source)
-    with pytest.raises(OutputError, match="exists already"):
-        import_weights(source)
+    for again in (ImportOptions(), ImportOptions(name="babelrs")):
+        with pytest.raises(OutputError, match="exists already"):
+            import_weights(source, options=again)
+    import_weights(source, tmp_path / "elsewhere.safetensors", ImportOptions(name="babelrs"))
 
 
 def test_layouts_that_weights_do_not_have(tmp_path: Path) -> None:

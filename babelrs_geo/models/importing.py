@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -84,9 +86,8 @@ def import_weights(
     """
     options = options or ImportOptions()
     path = Path(file)
-    for name, target in ((options.name, None), (None, output)):
-        if name is not None or target is not None:  # refuse at once what can be refused before reading
-            _output(target, name or "", overwrite)
+    if options.name or output is not None:  # refuse before reading what can be refused
+        _output(output, options.name or "", overwrite)
     state, files = read_published(path)
     kind = kind_of(path, state)
     name = options.name or _NAMES[kind]
@@ -216,16 +217,19 @@ def _read_shards(index: Path) -> tuple[State, list[Path]]:
 
 def _read_pickle(path: Path) -> State:
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
-        )
-    except Exception as cause:  # a damaged pickle may raise anything; nothing in it was run
-        refused = re.search(r"(?:GLOBAL|class|type) ([\w.]+)", str(cause)) if "eights" in str(cause) else None
-        if refused:
-            raise WeightsError(
-                f"{path} holds {refused[1]} beside its tensors, which may run code, so it was not opened; make a "
-                'copy with the tensors alone where you trust it: torch.save({"state_dict": ...}, FILE)'
-            ) from cause
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read raises
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
+            )
+    except pickle.UnpicklingError as cause:
+        named = re.search(r"GLOBAL ([\w.]+)", str(cause))
+        what = f"holds {named[1]} beside its tensors" if named else "is damaged, or holds more than tensors"
+        raise WeightsError(
+            f"{path} {what}, which may run code, so it was not opened; download it again, or where you trust it "
+            'make a copy with the tensors alone: torch.save({"state_dict": ...}, FILE)'
+        ) from cause
+    except Exception as cause:  # a damaged file may raise anything; nothing in it was run
         text = " ".join(str(cause).split())[:120]
         raise WeightsError(
             f"{path} is no whole torch checkpoint ({type(cause).__name__}: {text}); download it again"
