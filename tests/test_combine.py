@@ -23,8 +23,10 @@ from babelrs_geo.chips.run import cut_entries
 from babelrs_geo.datasets.chips import ChipDataset
 from babelrs_geo.datasets.combine import Paired, United
 from babelrs_geo.datasets.ground import GroundOptions
+from babelrs_geo.datasets.samplers import Draw, Mixture
 from babelrs_geo.datasets.samples import check, collate, unbatch
 from babelrs_geo.datasets.scenes import SceneDataset
+from babelrs_geo.datasets.transforms import Augmentation, Together
 from babelrs_geo.errors import GeorefError, ParameterError
 
 RNG = np.random.default_rng(2)
@@ -161,8 +163,11 @@ def test_what_either_saw(make_raster):
         assert np.array_equal(sample["image"].numpy(), scene.read((0, 0, scene.width, scene.height)).image)
     for query in [*RandomGeoSampler(either, 16, length=9), *GridGeoSampler(either, 16)]:
         assert len(either[query]) == 1
-    with pytest.raises(IndexError):
-        either[0:10, 0:10]
+    for number, (sensor, path) in enumerate(paths.items()):
+        assert either[number][sensor]["name"] == [path.name] and len(either[number]) == 1
+    for outside in ((slice(0, 10), slice(0, 10)), 2):
+        with pytest.raises(IndexError):
+            either[outside]
 
 
 def test_ground_that_both_saw_is_never_mixed(make_raster):
@@ -227,6 +232,11 @@ def test_chips_of_one_name_are_paired(registered):
             (sample,) = found[str(scene.sensor)]
             assert sample["name"] == name
             assert np.array_equal(sample["image"].numpy(), scene.read((x, y, 64, 64)).image)
+    views = Together({s: Augmentation(size=32) for s in ("sar", "rgb")})
+    for pair in (both[3], Mixture({"pairs": both}, {"pairs": views})[Draw("pairs", 3, (0, 0, 0, 0))]):
+        assert {s: b["name"] for s, b in pair.items()} == {
+            s: [both.index["name"].iloc[3]] for s in ("sar", "rgb")
+        }
     for query in RandomGeoSampler(both, 24, length=20):
         pair = samples(both[query])
         (a,), (b,) = pair["sar"], pair["rgb"]

@@ -17,7 +17,7 @@ from babelrs_geo.datasets.samplers import Draw, Mixture, Queries, QuotaSampler
 from babelrs_geo.datasets.samples import check, collate, make_sample, pad, scale_boxes
 from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.datasets.seeding import Seeded, generator, seeded, worker_init
-from babelrs_geo.datasets.transforms import Augmentation, resize
+from babelrs_geo.datasets.transforms import Augmentation, Together, resize
 from babelrs_geo.errors import ParameterError
 
 quotas = st.fixed_dictionaries({"sar": st.integers(1, 3), "rgb": st.integers(0, 3), "ir": st.integers(1, 2)})
@@ -181,6 +181,30 @@ def test_boxes_stay_on_their_pixels(seed, oriented, flip):
                 assert not bright[int(outer[1]), int(outer[0])]
     if oriented is False and len(found["boxes"]):
         assert (found["boxes"][:, 4] == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000))
+def test_co_registered_samples_are_seen_from_one_place(seed):
+    image = torch.rand(3, 90, 100, generator=torch.Generator().manual_seed(1))
+    sar = make_sample(image, None, [[30, 40, 20, 10, 0]], [0], sensor="sar", name="a")
+    rgb = make_sample(image, None, [], [], sensor="rgb", name="a")  # labelled by the other alone
+    geometry = {"size": 64, "gamma": 0.0, "contrast": 0.0, "turn": 0.0}
+    together = Together({"sar": Augmentation(**geometry, oriented=False), "rgb": Augmentation(**geometry)})
+    both = together(collate([sar, rgb]), generator(seed))
+    assert torch.equal(both["sar"]["image"], both["rgb"]["image"])
+    again = together(collate([sar, rgb]), generator(seed))
+    assert torch.equal(both["sar"]["image"], again["sar"]["image"])
+
+
+def test_what_cannot_be_seen_together_is_told():
+    with pytest.raises(ParameterError, match="give all one geometry"):
+        Together({"sar": Augmentation(oriented=False), "rgb": Augmentation()})
+    one = make_sample(torch.zeros(3, 8, 8), None, [], [], sensor="sar", name="a")
+    other = make_sample(torch.zeros(3, 8, 9), None, [], [], sensor="rgb", name="a")
+    for views in ({"sar": Augmentation()}, {"sar": Augmentation(), "rgb": Augmentation()}):
+        with pytest.raises(ParameterError, match="of sar, rgb sized"):
+            Together(views)(collate([one, other]), generator(0))
 
 
 def test_all_eight_ways_to_lay_a_square_come_up():

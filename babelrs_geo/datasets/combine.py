@@ -106,6 +106,15 @@ class United(Combining, UnionDataset):
         self.tolerance = _stated(first, second)
         self.index = self._joined()
 
+    def __getitem__(self, query: Any) -> dict[str, Any]:
+        """As TorchGeo answers a query; a row's number gives that row alone."""
+        if not isinstance(query, int | np.integer):
+            return UnionDataset.__getitem__(self, query)
+        number, first = range(len(self))[query], len(self.datasets[0])
+        members: list[Any] = self.datasets
+        one = members[0][number] if number < first else members[1][number - first]
+        return collate([one])
+
     def _joined(self) -> gpd.GeoDataFrame:
         return pd.concat([d.index[["name", "geometry"]] for d in self.datasets])
 

@@ -11,6 +11,7 @@ infrared.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torchvision.transforms.v2 import functional as V
 from torchvision.tv_tensors import Image, Mask
 
 from babelrs_geo.boxes import areas, bounds, clip, from_xyxy
-from babelrs_geo.datasets.samples import Sample, as_boxes, scale_boxes
+from babelrs_geo.datasets.samples import Sample, as_boxes, collate, scale_boxes, unbatch
 from babelrs_geo.errors import ParameterError
 
 _ON_THE_GROUND = ("transform", "window", "scale")  # what no longer holds once pixels have moved
@@ -73,11 +74,20 @@ class Augmentation:
         if self.looks is not None and not 0 < self.looks[0] <= self.looks[1]:
             raise ParameterError(f"looks are {self.looks}; give two numbers above 0, in order")
 
+    @property
+    def geometry(self) -> tuple[object, ...]:
+        """All that decides where pixels go."""
+        return self.size, self.scale, self.flip, self.turn if self.oriented else 0.0, self.focus
+
     def __call__(self, sample: Sample, generator: Generator) -> Sample:
         """A random view of a sample, `size` by `size`."""
-        rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
+        return self.view(sample, np.asarray(sample["boxes"])[:, :2], _whole(generator))
+
+    def view(self, sample: Sample, centres: NDArray[Any], seed: int) -> Sample:
+        """The view of a seed: what is near an object is decided by `centres` (N, 2)."""
+        rng = np.random.default_rng(seed)
         image, mask, boxes = Image(sample["image"]), Mask(sample["valid"].to(torch.uint8)), sample["boxes"]
-        parts = self._geometry([image, mask, boxes], rng)
+        parts = self._geometry([image, mask, boxes], centres.astype(np.float64), rng)
         valid = torch.as_tensor(parts[1]).bool()
         view = self._tone(parts[0].as_subclass(Tensor).clamp(0, 1), rng)
         view[:, ~valid] = 0.0
@@ -90,7 +100,9 @@ class Augmentation:
             "labels": sample["labels"][torch.from_numpy(kept)],
         }
 
-    def _geometry(self, parts: list[Any], rng: np.random.Generator) -> list[Any]:
+    def _geometry(
+        self, parts: list[Any], centres: NDArray[np.float64], rng: np.random.Generator
+    ) -> list[Any]:
         """Image, mask and boxes through one flip, one affine map and one crop."""
         scale = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         angle = 90.0 * int(rng.integers(4))
@@ -98,14 +110,13 @@ class Augmentation:
         extra = rng.uniform(-self.turn, self.turn)
         if turned and self.oriented:
             angle += extra
+        height, width = parts[0].shape[1:]
         if mirrored and self.flip:
             parts = [V.horizontal_flip(p) for p in parts]
-        height, width = parts[0].shape[1:]
-        centres = np.asarray(parts[2], np.float64)[:, :2]
-        place = rng.random()
-        focus = (
-            centres[int(place * len(centres))] if near and len(centres) else rng.random(2) * (width, height)
-        )
+            centres = centres * (-1.0, 1.0) + (width, 0.0)
+        place, focus = rng.random(), rng.random(2) * (width, height)
+        if near and len(centres):
+            focus = centres[int(place * len(centres))]
         reach = self.size / scale * 0.4
         centre = focus + rng.uniform(-reach, reach, 2)
         margin = np.minimum(
@@ -152,6 +163,42 @@ class Augmentation:
             noise = np.sqrt(rng.gamma(looks, 1 / looks, view.shape[1:]))
             view = view * torch.from_numpy(noise.astype(np.float32))
         return view.clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Together:
+    """One view of co-registered samples: `Together({"sar": ..., "rgb": ...})(nested, generator)`.
+
+    Takes and gives what `&` of two datasets does, `{sensor: batch}`; every sensor is seen from the same place, each
+    in its own tone. Raises ParameterError where the views or the images do not go together.
+    """
+
+    views: Mapping[str, Augmentation]
+    """One for each sensor, alike in what moves pixels."""
+
+    def __post_init__(self) -> None:
+        if len({view.geometry for view in self.views.values()}) > 1:
+            raise ParameterError(
+                "views of co-registered sensors differ in size, scale, flip, turn or focus; give all one geometry"
+            )
+
+    def __call__(self, nested: Mapping[str, Any], generator: Generator) -> dict[str, Any]:
+        """The same view of every sensor's samples."""
+        samples = [one for batch in nested.values() for one in unbatch(batch)]
+        sizes = {tuple(one["image"].shape) for one in samples}
+        if len(sizes) > 1 or set(nested) - set(self.views):
+            raise ParameterError(
+                f"images of {', '.join(nested)} sized {sorted(sizes)} cannot be seen together; give images of one "
+                "size, and a view for each sensor"
+            )
+        centres = np.concatenate([np.asarray(one["boxes"])[:, :2] for one in samples])
+        seed = _whole(generator)
+        return collate(self.views[one["sensor"]].view(one, centres, seed) for one in samples)
+
+
+def _whole(generator: Generator) -> int:
+    """A number to seed one view by."""
+    return int(torch.randint(1 << 62, (), generator=generator))
 
 
 def resize(sample: Sample, height: int, width: int) -> Sample:
