@@ -16,6 +16,7 @@ from simple_scenes import SHIPS, UTM, BrightHeader, BrightWeights, canvas, write
 from babelrs_geo import __version__, cli
 from babelrs_geo.cli import detect as verbs
 from babelrs_geo.cli import program
+from babelrs_geo.cli import progress as bars
 
 SMALL = ["--tile", "48", "--overlap", "16"]
 
@@ -177,12 +178,12 @@ def test_info_tells_where_detection_would_refuse_and_why(harbour, weights):
 
 
 def test_the_bar_shows_tiles_a_second_on_a_terminal_only(monkeypatch):
-    with verbs._progress_bar("harbour.tif", hidden=False) as progress:
+    with bars.progress_bar("harbour.tif", hidden=False) as progress:
         assert progress is None  # under pytest stderr is no terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with verbs._progress_bar("harbour.tif", hidden=True) as progress:
+    with bars.progress_bar("harbour.tif", hidden=True) as progress:
         assert progress is None
-    with verbs._progress_bar("harbour.tif", hidden=False) as progress:
+    with bars.progress_bar("harbour.tif", hidden=False) as progress:
         progress(1, 10)
         progress(10, 10)
 
@@ -205,7 +206,7 @@ def test_the_default_output_is_named_after_the_scene(scene, stem):
     ("seconds", "said"), [(3.21, "3.2 s"), (75, "75 s"), (600, "10 min"), (5 * 3600 + 120, "5 h 02 min")]
 )
 def test_durations_are_said_as_people_do(seconds, said):
-    assert verbs._duration(seconds) == said
+    assert bars.duration(seconds) == said
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ from babelrs_geo import __version__
 from babelrs_geo.chips.cut import SPOOL, cut_task, part_path
 from babelrs_geo.chips.options import SPLITS, ChipOptions
 from babelrs_geo.chips.plan import Entry, Plan, Task, plan
-from babelrs_geo.chips.tables import INDEX, LABELS, NOTE, read_index, write_tables, write_text
+from babelrs_geo.chips.tables import INDEX, NOTE, write_tables, write_text
 from babelrs_geo.errors import OutputError, ParameterError
 from babelrs_geo.scenes import Scene
 from babelrs_geo.vectors import Labels, Objects
 
 Progress = Callable[[int, int], None]
+ALIGNED = "aligned"
+"""Folder of scenes brought to one grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ def cut_chips(
     labels and a scene do not go together; SceneError where a scene cannot be read, after which the same may be run
     again.
     """
-    return cut_entries(_entries(scenes, labels), folder, options, workers, progress, _sources(labels))
+    return cut_entries(_entries(scenes, labels), folder, options, workers, progress, sources(labels))
 
 
 def cut_entries(
@@ -118,18 +120,25 @@ def _entries(scenes: Sequence[Scene], labels: Sequence[Labels]) -> list[Entry]:
         stem = Path(scene.name).stem or "scene"
         taken[stem] = taken.get(stem, 0) + 1
         name = stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"
-        objects = None
-        if labels:
-            parts = [each.on(stem, scene.georef, alone=len(scenes) == 1) for each in labels]
-            objects = _within(Objects.concatenate(parts), scene)
-            if not len(objects):
-                warnings.warn(
-                    f"no label lies on scene {scene.name}: all its chips are background; check that labels and scene "
-                    "show the same ground, or bear the same name where they are in pixels",
-                    stacklevel=3,
-                )
+        objects = objects_on(scene, stem, labels, alone=len(scenes) == 1)
         entries.append(Entry(name, name, scene.path, scene, objects))
     return entries
+
+
+def objects_on(scene: Scene, stem: str, labels: Sequence[Labels], *, alone: bool) -> Objects | None:
+    """What the labels show of a scene; None where there are no labels. Warns where they show nothing of it."""
+    if not labels:
+        return None
+    objects = _within(
+        Objects.concatenate([each.on(stem, scene.georef, alone=alone) for each in labels]), scene
+    )
+    if not len(objects):
+        warnings.warn(
+            f"no label lies on scene {scene.name}: all its chips are background; check that labels and scene "
+            "show the same ground, or bear the same name where they are in pixels",
+            stacklevel=2,
+        )
+    return objects
 
 
 def _within(objects: Objects, scene: Scene) -> Objects:
@@ -142,7 +151,7 @@ def _within(objects: Objects, scene: Scene) -> Objects:
     ]
 
 
-def _sources(labels: Sequence[Labels]) -> dict[str, Any]:
+def sources(labels: Sequence[Labels]) -> dict[str, Any]:
     """The label files, by what is in them."""
     told = []
     for each in labels:
@@ -198,7 +207,7 @@ def _open_folder(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
                 "or name another folder with -o"
             )
         return found
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(each.name != ALIGNED for each in out.iterdir()):
         raise OutputError(f"{out} is not empty and no chip folder; name an empty or a new folder with -o")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -293,6 +302,3 @@ def _tidy(out: Path) -> None:
     for draft in out.rglob(".*"):
         if draft.is_file():
             draft.unlink(missing_ok=True)
-
-
-__all__ = ["INDEX", "LABELS", "Cut", "Workers", "cut_chips", "cut_entries", "read_index"]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +12,7 @@ import click
 
 from babelrs_geo.cli.options import ModelArguments, SceneArguments, model_options, scene_options, split
 from babelrs_geo.cli.program import EXIT_INCOMPLETE, tell
+from babelrs_geo.cli.progress import duration, progress_bar
 from babelrs_geo.errors import BabelError
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ def detect_verb(**given: Any) -> int:
         if output.crs is not None:
             check_crs(output.crs, georeferenced=scene.georef.crs is not None)
         start = time.perf_counter()
-        with _progress_bar(scene.name, hidden=output.quiet or output.as_json) as progress:
+        with progress_bar(scene.name, hidden=output.quiet or output.as_json) as progress:
             found = detect(scene, model.weights, options, progress)
         found.save(path, overwrite=output.overwrite, crs=output.crs)
         seconds = time.perf_counter() - start
@@ -124,7 +122,7 @@ def _outlook(scene: Scene, weights: str, options: DetectOptions) -> dict[str, st
         "read at": size,
         "classes": ", ".join(plan.classes),
         "tiles": f"{len(plan.grid)} of {plan.grid.tile} px, about {cost.tiles} with valid pixels",
-        "estimated time": f"{_duration(cost.seconds)} ({cost.seconds_per_tile:.2f} s a tile, measured here)",
+        "estimated time": f"{duration(cost.seconds)} ({cost.seconds_per_tile:.2f} s a tile, measured here)",
     }
     return rows | ({"caution": plan.caution} if plan.caution else {})
 
@@ -133,33 +131,6 @@ def _stem(scene: str) -> str:
     """The name of the default output: the scene's, without folders, the query of a URL, and the suffix."""
     name = scene.partition("?")[0].rstrip("/").rpartition("/")[2]
     return Path(name).stem or "scene"
-
-
-@contextmanager
-def _progress_bar(name: str, *, hidden: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr with tiles per second and the time left, where stderr is a terminal."""
-    if hidden or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tiles, {task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None, rate="")
-        start = time.perf_counter()
-
-        def progress(done: int, total: int) -> None:
-            rate = done / max(time.perf_counter() - start, 1e-9)
-            bar.update(task, completed=done, total=total, rate=f"{rate:.1f} tiles/s")
-
-        yield progress
 
 
 def _counts(found: Found) -> dict[str, int]:
@@ -175,7 +146,7 @@ def _sentence(found: Found, path: Path, seconds: float) -> str:
     tiles = found.provenance["tiles"]
     looked = tiles["detected"] + tiles["empty"]
     return (
-        f"Found {what} in {looked} of {sum(tiles.values())} tiles in {_duration(seconds)}.\n"
+        f"Found {what} in {looked} of {sum(tiles.values())} tiles in {duration(seconds)}.\n"
         f"Written to {path}: drag it into QGIS, or run: qgis {path}"
     )
 
@@ -188,13 +159,3 @@ def _summary(found: Found, path: Path, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         **found.provenance,
     }
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

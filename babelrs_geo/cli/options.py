@@ -121,8 +121,12 @@ def split(given: dict[str, Any], *kinds: type[Any]) -> list[Any]:
 
 def scene_options(command: Command) -> Command:
     """Give a verb what `SceneArguments` holds."""
+    return click.argument("scene")(reading_options(command))
+
+
+def reading_options(command: Command) -> Command:
+    """Give a verb what `SceneArguments` holds but for the scene itself."""
     options: Sequence[Callable[[Command], Command]] = [
-        click.argument("scene"),
         click.option(
             "--sensor",
             type=click.Choice(["sar", "ir", "rgb"], case_sensitive=False),
@@ -189,9 +193,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--gsd", type=Gsd(), help="Metres per pixel to read at; unless given, in the weights' range."
         ),
-        click.option(
-            "--tile", type=int, metavar="PX", help="Side of a tile; the weights' own unless given."
-        ),
+        click.option("--tile", type=int, metavar="PX", help="Side of a tile; the weights' own unless given."),
         click.option(
             "--overlap", type=int, default=128, show_default=True, metavar="PX", help="Shared by neighbours."
         ),
