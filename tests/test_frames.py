@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from babelrs_geo.boxes import bounds
 from babelrs_geo.datasets.dronevehicle import CLASSES, read_dronevehicle
 from babelrs_geo.datasets.frames import FrameDataset, TorchGeoFrames
 from babelrs_geo.datasets.samples import check, collate
-from babelrs_geo.datasets.soi import fingerprint, read_split
+from babelrs_geo.datasets.soi import class_names, fingerprint, read_split
 from babelrs_geo.errors import LabelError, ParameterError, SceneError
 
 BOX = [30, 20, 60, 32]  # of what is bright in a frame
@@ -212,3 +213,16 @@ def test_torchgeos_vhr10(tmp_path):
 def test_other_datasets_have_no_adapter():
     with pytest.raises(ParameterError, match="EuroSAT has no adapter"):
         TorchGeoFrames(EuroSAT.__new__(EuroSAT))
+
+
+SOI = Path(os.environ.get("BABELRS_GEO_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "soi_mini"
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SOI.is_dir(), reason="the shared data are not here")
+@pytest.mark.parametrize("sensor", ["sar", "rgb", "ir"])
+def test_real_frames_keep_the_contract(sensor):
+    classes = class_names(SOI, sensor, "val")
+    frames = FrameDataset(read_split(SOI, sensor, "val", classes), classes)
+    for number in range(0, len(frames), max(1, len(frames) // 5)):
+        check(frames[number], len(classes))

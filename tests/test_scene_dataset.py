@@ -292,6 +292,17 @@ def test_labels_lie_on_their_pixels(make_raster, tmp_path):
         SceneDataset([path], "sar", tmp_path / "labels.gpkg", classes=("car",))
 
 
+def test_labels_in_pixels_of_images_without_a_georeference(make_raster, tmp_path):
+    paths = [make_raster(noise(), f"p{k}", suffix=".png", crs=None, transform=None) for k in range(2)]
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "p1.txt").write_text("10 20 40 20 40 30 10 30 ship 0\n")
+    dataset = SceneDataset(paths, "ir", tmp_path / "labels")
+    found = [dataset[q] for q in PreChippedGeoSampler(dataset)]
+    assert [len(s["boxes"]) for s in found] == [0, 1]
+    assert np.allclose(found[1]["boxes"][0], [25, 25, 30, 10, 0])
+    assert dataset.files == sorted(str(p) for p in paths)
+
+
 def test_a_dataset_has_one_sensor(make_raster):
     grey, colour = (
         make_raster(noise(), "grey"),

@@ -51,6 +51,7 @@ class ChipDataset(GroundDataset):
                 f"{self.folder} has no chips of {kind} in split {split or 'any'}, only {told}"
             )
         self.table = chosen.reset_index(drop=True)
+        self.paths = [str(self.folder / path) for path in self.table["path"]]
         self._objects = _objects(labels, names, self.folder)
         super().__init__(self._pictures(), kind, names, options or GroundOptions())
 

@@ -117,7 +117,6 @@ class GroundDataset(Combining):
             raise ParameterError(f"no pictures of {sensor} were given; pass at least one")
         self.sensor, self.classes, self.options = Sensor.parse(sensor), tuple(classes), options
         self.pictures = tuple(pictures)
-        self.paths = [p.name for p in pictures]
         self._cache: dict[str, Any] = {}
         mapped = {p.mapped: p.name for p in pictures}
         if len(mapped) == 2:
