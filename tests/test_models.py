@@ -31,10 +31,14 @@ def test_the_full_configuration_has_378_million_parameters() -> None:
 # ---- slow references
 
 
-def test_explicit_and_fused_attention_agree() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_explicit_and_fused_attention_agree(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 50, 16) for _ in range(3))
-    same(attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), 1e-5)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    got = attention(q.to(dtype), k.to(dtype), v.to(dtype))
+    assert got.dtype == dtype
+    same(got.float(), wanted, tolerance)
 
 
 def test_an_anchor_claimed_twice_goes_to_the_box_it_overlaps_most() -> None:
