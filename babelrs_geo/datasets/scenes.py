@@ -52,7 +52,7 @@ class SceneDataset(GroundDataset):
                 f"a dataset has one sensor, but was given {', '.join(f'{s} ({n})' for s, n in kinds.items())}; "
                 "make one of each and combine them by & or |"
             )
-        self._scenes, self.paths = opened, [s.path for s in opened]
+        self.scenes, self.paths = opened, [s.path for s in opened]
         self._lock = threading.Lock()
         pictures = [Picture(s.name, s.width, s.height, s.georef, s.acquired) for s in opened]
         given = read_labels(labels) if isinstance(labels, str | os.PathLike) else labels
@@ -73,8 +73,8 @@ class SceneDataset(GroundDataset):
 
     @contextmanager
     def _open(self, picture: int) -> Iterator[Scene]:
-        scene = self._scenes[picture]
-        if len(self._scenes) <= _KEPT_OPEN:
+        scene = self.scenes[picture]
+        if len(self.scenes) <= _KEPT_OPEN:
             yield scene
             return
         with self._lock, scene:
