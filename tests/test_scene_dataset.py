@@ -292,6 +292,28 @@ def test_labels_lie_on_their_pixels(make_raster, tmp_path):
         SceneDataset([path], "sar", tmp_path / "labels.gpkg", classes=("car",))
 
 
+@pytest.mark.parametrize("res", [5.0, 20.0])
+def test_labels_are_scaled_with_the_pixels(make_raster, tmp_path, res):
+    pixels = np.full((80, 100), 20, np.uint8)
+    pixels[30:42, 50:70] = 250
+    path = make_raster(pixels, "a")
+    ring = [NORTH_UP @ p for p in ((50, 30), (70, 30), (70, 42), (50, 42))]
+    frame = gpd.GeoDataFrame({"class": ["ship"]}, geometry=[shapely.Polygon(ring)], crs=UTM)
+    frame.to_file(tmp_path / "labels.gpkg")
+    dataset = SceneDataset([path], "sar", tmp_path / "labels.gpkg", options=GroundOptions(res=res))
+    for query in (
+        next(iter(PreChippedGeoSampler(dataset))),
+        (slice(380_310, 380_910), slice(3_734_430, 3_734_870)),
+    ):
+        sample = dataset[query]
+        check(sample)
+        bright = np.argwhere(sample["image"][0].numpy() > 0.5)
+        box = bounds(sample["boxes"])[0]
+        assert np.allclose(box, [*bright.min(0)[::-1], *(bright.max(0)[::-1] + 1)], atol=1.01)
+        assert np.allclose(box[2:] - box[:2], (200 / res, 120 / res), atol=0.01)
+        assert np.allclose(sample["transform"] @ box[:2], ring[0], atol=0.01)
+
+
 def test_labels_in_pixels_of_images_without_a_georeference(make_raster, tmp_path):
     paths = [make_raster(noise(), f"p{k}", suffix=".png", crs=None, transform=None) for k in range(2)]
     (tmp_path / "labels").mkdir()
