@@ -24,6 +24,9 @@ from babelrs_geo.datasets.samples import check, collate
 from babelrs_geo.errors import LabelError, ParameterError, SceneError
 from babelrs_geo.vectors.labels import read_labels
 
+# Python 3.12 warns where a loader's workers are forked from a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 RNG = np.random.default_rng(1)
 OPTIONS = ChipOptions(size=64, overlap=16, split=(1, 0, 0))
 

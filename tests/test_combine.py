@@ -29,6 +29,9 @@ from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.datasets.transforms import Augmentation, Together
 from babelrs_geo.errors import GeorefError, ParameterError
 
+# Python 3.12 warns where a loader's workers are forked from a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 RNG = np.random.default_rng(2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 
 import numpy as np
@@ -19,6 +20,9 @@ from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.datasets.seeding import Seeded, generator, seeded, worker_init
 from babelrs_geo.datasets.transforms import Augmentation, Together, resize
 from babelrs_geo.errors import ParameterError
+
+# Python 3.12 warns where a loader's workers are forked from a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 quotas = st.fixed_dictionaries({"sar": st.integers(1, 3), "rgb": st.integers(0, 3), "ir": st.integers(1, 2)})
 
@@ -55,6 +59,28 @@ def test_ranks_share_each_permutation(quota, seed, world):
             if d.source == source
         ]
         assert sorted(drawn) == sorted(list(range(12)) * (count * world))
+
+
+def _draws_of_a_rank(rank, store, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    results.put((rank, draws(QuotaSampler({"sar": 9, "rgb": 5}, {"sar": 2, "rgb": 1}, 3, 2, 6))))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_are_those_of_torch_distributed(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=_draws_of_a_rank, args=(r, tmp_path / "store", results)) for r in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    found = dict(results.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join()
+    for rank in range(2):
+        given = QuotaSampler({"sar": 9, "rgb": 5}, {"sar": 2, "rgb": 1}, 3, 2, 6, rank, 2)
+        assert found[rank] == draws(given)
 
 
 def test_what_cannot_be_mixed_is_told():

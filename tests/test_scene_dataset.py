@@ -29,6 +29,9 @@ from babelrs_geo.datasets.samples import check, collate
 from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.errors import GeorefError, LabelError, ParameterError, SceneError
 
+# Python 3.12 warns where a loader's workers are forked from a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 RNG = np.random.default_rng(0)
 
 
