@@ -7,6 +7,7 @@
     ├── LabelError       (ValueError)  vectors, labels or an area of interest cannot be used
     ├── ParameterError   (ValueError)  an option is out of range or contradicts another
     ├── WeightsError     (ValueError)  a checkpoint is missing, damaged, or lacks what was asked of it
+    ├── TrainingError    (ArithmeticError)  training cannot go on: a loss or a gradient is no number
     └── OutputError      (OSError)     a result cannot be written where it was asked for
 
 Each leaf also inherits the standard exception a caller would expect, so `except OSError` and `except ValueError`
@@ -40,6 +41,10 @@ class ParameterError(BabelError, ValueError):
 
 class WeightsError(BabelError, ValueError):
     """A checkpoint is missing, damaged, or lacks the sensor or class asked of it."""
+
+
+class TrainingError(BabelError, ArithmeticError):
+    """Training cannot go on: a loss or a gradient is no number."""
 
 
 class OutputError(BabelError, OSError):
