@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 from collections import OrderedDict
@@ -287,6 +288,36 @@ def test_resizing_keeps_what_is_constant_and_the_slot_of_the_class_token() -> No
     torch.testing.assert_close(
         out["backbone.embeddings.patch_embedding.weight"], torch.full((24, 3, 16, 16), 0.5)
     )
+
+
+def cubic(length: int, target: int) -> Tensor:
+    """The matrix (target, length) of bicubic resizing along one axis: Keys' kernel with a = -0.75."""
+    out = torch.zeros(target, length)
+    for i in range(target):
+        x = (i + 0.5) * length / target - 0.5
+        for tap in range(math.floor(x) - 1, math.floor(x) + 3):
+            d = abs(x - tap)
+            near = 1.25 * d**3 - 2.25 * d**2 + 1
+            far = -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+            out[i, min(max(tap, 0), length - 1)] += near if d <= 1 else far
+    return out
+
+
+def test_resizing_is_bicubic_and_the_table_keeps_the_files_rounding() -> None:
+    state = filled(official.encoder_shapes(VIT), torch.bfloat16)
+    out = official.backbone_of(state, replace(VIT, image_size=96, patch=16))
+    kernel = state["embeddings.patch_embedding.weight"].float()
+    across = cubic(14, 16)
+    wanted = across @ kernel @ across.T
+    torch.testing.assert_close(
+        out["backbone.embeddings.patch_embedding.weight"], wanted, rtol=1e-4, atol=1e-6
+    )
+    grid = state["embeddings.position_embedding"][0, 1:].float().T.reshape(24, 4, 4)
+    across = cubic(4, 6)
+    positions = out["backbone.embeddings.position_embedding"]
+    assert torch.equal(positions, positions.bfloat16().float())
+    wanted = (across @ grid @ across.T).reshape(24, 36).T
+    torch.testing.assert_close(positions[0, 1:], wanted, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.shared
