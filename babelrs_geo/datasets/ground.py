@@ -276,13 +276,16 @@ class GroundDataset(Combining):
         window, scale, whole = self._window(row, number, x, y)
         rows, columns = scene.shape_at(scale)
         left, top, width, height = window
-        image = np.zeros((3, height, width), np.float32)
-        valid = np.zeros((height, width), bool)
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, columns), min(top + height, rows)
-        if x0 < x1 and y0 < y1:
-            pixels = scene.read((x0, y0, x1 - x0, y1 - y0), scale)
-            place = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
-            image[:, *place], valid[place] = pixels.image, pixels.valid
+        if (x0, y0, x1 - x0, y1 - y0) == window:
+            pixels = scene.read(window, scale)
+            image, valid = pixels.image, pixels.valid
+        else:
+            image, valid = np.zeros((3, height, width), np.float32), np.zeros((height, width), bool)
+            if x0 < x1 and y0 < y1:
+                pixels = scene.read((x0, y0, x1 - x0, y1 - y0), scale)
+                place = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+                image[:, *place], valid[place] = pixels.image, pixels.valid
         boxes, labels = self._labelled(number, scene)
         boxes = scale_boxes(boxes, columns / scene.width, rows / scene.height)
         boxes[:, :2] -= (left, top)

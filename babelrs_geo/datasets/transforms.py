@@ -123,7 +123,8 @@ class Augmentation:
             np.array([width, height]) / 2, self.size / scale / 2
         )  # keep the view over the image
         centre = np.clip(centre, margin, (width, height) - margin)
-        parts = [V.pad(p, [0, 0, max(0, self.size - width), max(0, self.size - height)]) for p in parts]
+        more = [0, 0, max(0, self.size - width), max(0, self.size - height)]
+        parts = [V.pad(p, more) for p in parts] if any(more) else parts
         middle = np.array([max(width, self.size), max(height, self.size)]) / 2
         moved = [
             V.affine(
