@@ -375,12 +375,12 @@ def _load(weights: str | os.PathLike[str] | Weights, device: str) -> tuple[list[
         return [weights], device
     from babelrs_geo.models import zoo
 
-    devices = _devices(device)
-    return [zoo.load(os.fspath(weights), each) for each in devices], devices[0].partition(":")[0]
+    named = devices(device)
+    return [zoo.load(os.fspath(weights), each) for each in named], named[0].partition(":")[0]
 
 
-def _devices(text: str) -> list[str]:
-    """The devices that `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` names here."""
+def devices(text: str) -> list[str]:
+    """The devices that `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` names; ParameterError for one that is not there."""
     import torch
 
     if text == "auto":

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -270,8 +270,11 @@ def wilson(hits: int, of: int, level: float = 0.95) -> tuple[float, float]:
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-def class_weighted(values: Mapping[str, float], classes: Mapping[str, int]) -> float:
-    """The sensors' means weighted by their numbers of classes: the mean over all classes (BabelRS's overall)."""
+def class_weighted(values: Mapping[str, Any], classes: Mapping[str, int]) -> Any:
+    """The sensors' means weighted by their numbers of classes: the mean over all classes (BabelRS's overall).
+
+    `values` are numbers, or replicates (N,) of them.
+    """
     return sum(values[s] * classes[s] for s in values) / sum(classes[s] for s in values)
 
 

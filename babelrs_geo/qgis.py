@@ -54,6 +54,14 @@ _COLOURS = {
 }
 
 
+_OUTCOMES = {
+    "hit": ("hit", "#00A7A0"),
+    "missed": ("missed: labelled, not found", "#FFB000"),
+    "false": ("false: found, not labelled", "#E8306F"),
+    "ignored": ("ignored: its object lies where nobody looked", _OTHER),
+}
+
+
 @dataclass(frozen=True)
 class Style:
     """A layer's look, ready for a row of `layer_styles`."""
@@ -97,7 +105,7 @@ def detections_style(classes: Iterable[str]) -> Style:
     return Style(
         "babelrs-geo detections",
         "Boxes coloured by class, labelled with class and score",
-        _qml_detections(entries),
+        _qml_boxes("class", entries, _LABEL, _MAP_TIP),
         _sld(
             "detections",
             [_sld_class_rule(value, label, colour) for value, label, colour in entries] + [_sld_label_rule()],
@@ -112,6 +120,18 @@ def coverage_style() -> Style:
         "How the tiles ended: looked at in outline, not looked at hatched",
         _qml_coverage(),
         _sld("coverage", [_sld_state_rule(state) for state in STATES]),
+    )
+
+
+def matches_style() -> Style:
+    """Hits, misses and false finds apart, labelled with class and score: what went wrong stands out."""
+    entries = [(value, label, colour) for value, (label, colour) in _OUTCOMES.items()]
+    rules = [_sld_class_rule(value, label, colour, "outcome") for value, label, colour in entries]
+    return Style(
+        "babelrs-geo matches",
+        "Hits, misses and false finds, labelled with class and score",
+        _qml_boxes("outcome", entries, _MATCH_LABEL, _MATCH_TIP),
+        _sld("matches", rules),
     )
 
 
@@ -218,6 +238,16 @@ def _text(root: ET.Element, doctype: str = "") -> str:
 
 _DOCTYPE = "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
 
+_LABEL = '"class" || \' \' || format_number("score", 2)'
+_MATCH_LABEL = "\"class\" || coalesce(' ' || format_number(\"score\", 2), '')"
+
+_MATCH_TIP = (
+    '<b>[% "outcome" %]</b> [% "class" %]'
+    "[% coalesce('<br>score ' || format_number(\"score\", 2), '') %]"
+    "[% coalesce('<br>IoU ' || format_number(\"iou\", 2), '') %]"
+    "[% coalesce('<br>labelled ' || \"labelled\", '') %]"
+)
+
 _MAP_TIP = (
     '<b>[% "class" %]</b> [% format_number("score", 2) %]<br>'
     "[% coalesce(format_number(\"length_m\", 1) || ' × ' || format_number(\"width_m\", 1) || ' m', '') %]"
@@ -225,9 +255,10 @@ _MAP_TIP = (
 )
 
 
-def _qml_detections(entries: Sequence[tuple[str, str, str]]) -> str:
+def _qml_boxes(column: str, entries: Sequence[tuple[str, str, str]], label: str, tip: str) -> str:
+    """Boxes by the values of a column, (value, label, colour) each; the best score is drawn and labelled first."""
     root = _document(labels=True)
-    renderer = _categories(root, "class", [(value, label) for value, label, _ in entries])
+    renderer = _categories(root, column, [(value, label) for value, label, _ in entries])
     renderer.set("enableorderby", "1")
     symbols = ET.SubElement(renderer, "symbols")
     for index, (_, _, colour) in enumerate(entries):
@@ -237,21 +268,21 @@ def _qml_detections(entries: Sequence[tuple[str, str, str]]) -> str:
         _line(symbol, _rgba(colour), 0.46)
     order = ET.SubElement(ET.SubElement(renderer, "orderby"), "orderByClause", asc="1", nullsFirst="1")
     order.text = '"score"'
-    _labeling(root)
-    ET.SubElement(root, "previewExpression").text = '"class" || \' \' || format_number("score", 2)'
-    ET.SubElement(root, "mapTip").text = _MAP_TIP
+    _labeling(root, label)
+    ET.SubElement(root, "previewExpression").text = label
+    ET.SubElement(root, "mapTip").text = tip
     ET.SubElement(root, "layerGeometryType").text = "2"
     return _text(root, _DOCTYPE)
 
 
-def _labeling(root: ET.Element) -> None:
+def _labeling(root: ET.Element, label: str) -> None:
     """White text on a dark halo beside the box; where labels collide the better score wins."""
     labeling = ET.SubElement(root, "labeling", type="simple")
     settings = ET.SubElement(labeling, "settings", calloutType="simple")
     style = ET.SubElement(
         settings,
         "text-style",
-        fieldName='"class" || \' \' || format_number("score", 2)',
+        fieldName=label,
         isExpression="1",
         fontSize="8",
         fontSizeUnit="Point",
@@ -357,11 +388,11 @@ def _equals(parent: ET.Element, column: str, value: str) -> None:
     ET.SubElement(test, "ogc:Literal").text = value
 
 
-def _sld_class_rule(value: str, label: str, colour: str) -> ET.Element:
+def _sld_class_rule(value: str, label: str, colour: str, column: str = "class") -> ET.Element:
     """One class; an empty value stands for those without a rule of their own."""
     rule = _rule(label)
     if value:
-        _equals(ET.SubElement(rule, "ogc:Filter"), "class", value)
+        _equals(ET.SubElement(rule, "ogc:Filter"), column, value)
     else:
         ET.SubElement(rule, "se:ElseFilter")
     polygon = ET.SubElement(rule, "se:PolygonSymbolizer")

@@ -255,7 +255,7 @@ def test_the_tile_is_the_weights_own_unless_given(tmp_path):
 def test_devices():
     import torch
 
-    devices = detect_module._devices
+    devices = detect_module.devices
     assert devices("cpu") == ["cpu"]
     assert devices("auto") == ["cuda" if torch.cuda.is_available() else "cpu"]
     for text, words in (("gpu", "unknown device"), ("cuda:x", "unknown device"), ("cpu,cpu", "twice")):
@@ -314,7 +314,7 @@ def test_several_devices_get_weights_each_and_share_the_batches(scene, monkeypat
         return made
 
     monkeypatch.setattr("babelrs_geo.models.zoo.load", load)
-    monkeypatch.setattr(detect_module, "_devices", lambda text: text.split(","))
+    monkeypatch.setattr(detect_module, "devices", lambda text: text.split(","))
     found = bg.detect(scene, "compact", bg.DetectOptions(**SMALL, device="cuda:0,cuda:1", batch=2))
     assert [device for device, _ in loaded] == ["cuda:0", "cuda:1"]
     assert [len(made.batches) for _, made in loaded] == [3, 2]  # nine tiles in five batches

@@ -26,8 +26,9 @@ negative y: the processing tool "Affine transform" with a scale of -1 in y lays 
 """
 
 from babelrs_geo.vectors.areas import read_area
-from babelrs_geo.vectors.files import PROVENANCE_KEY, SUFFIXES, check_target, clock, write
+from babelrs_geo.vectors.files import PROVENANCE_KEY, SUFFIXES, check_target, clock, write, write_matches
 from babelrs_geo.vectors.labels import Labels, Objects, read_labels
+from babelrs_geo.vectors.results import Result, read_result
 from babelrs_geo.vectors.tables import Origin, area_km2, coverage, cut, features
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Labels",
     "Objects",
     "Origin",
+    "Result",
     "area_km2",
     "check_target",
     "clock",
@@ -44,5 +46,7 @@ __all__ = [
     "features",
     "read_area",
     "read_labels",
+    "read_result",
     "write",
+    "write_matches",
 ]

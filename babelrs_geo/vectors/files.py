@@ -8,8 +8,9 @@ import os
 import sqlite3
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,31 +179,61 @@ def clock() -> str:
     )
 
 
-_ABOUT = {
-    "detections": "Objects found by babelrs-geo",
-    "coverage": "Ground that babelrs-geo looked at, by how its tiles ended",
-}
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a GeoPackage."""
+
+    name: str
+    frame: gpd.GeoDataFrame
+    style: qgis.Style
+    about: str
+    parts: bool = False
+    """Multipolygons in any case."""
+
+
+def _coverage_layer(coverage: gpd.GeoDataFrame) -> _Layer:
+    about = "Ground that babelrs-geo looked at, by how its tiles ended"
+    return _Layer("coverage", coverage, qgis.coverage_style(), about, parts=True)
 
 
 def _write_gpkg(
     drafts: list[Path], features: gpd.GeoDataFrame, coverage: gpd.GeoDataFrame, provenance: dict[str, Any]
 ) -> None:
-    (draft,) = drafts
-    for name, frame, kind in (("detections", features, "Polygon"), ("coverage", coverage, "MultiPolygon")):
+    style = qgis.detections_style(features["class"])
+    found = _Layer("detections", features, style, "Objects found by babelrs-geo")
+    _write_layers(drafts[0], (found, _coverage_layer(coverage)), provenance)
+
+
+def write_matches(
+    path: Path, matches: gpd.GeoDataFrame, coverage: gpd.GeoDataFrame, provenance: Mapping[str, Any]
+) -> None:
+    """A styled GeoPackage of what was hit, missed and false (column `outcome`), over the ground looked at.
+
+    The file is written in place: the caller sees to it that it is whole or absent. OutputError where it cannot be.
+    """
+    about = "Objects that were hit or missed, and false ones"
+    layers = (_Layer("matches", matches, qgis.matches_style(), about), _coverage_layer(coverage))
+    with _told_as_output_error(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'crs' was not provided", category=UserWarning)
+        _write_layers(path, layers, _plain(provenance))
+
+
+def _write_layers(draft: Path, layers: Sequence[_Layer], provenance: dict[str, Any]) -> None:
+    for layer in layers:
         # Boxes stay plain polygons, unless an area of interest or the antimeridian cut some into parts.
-        parts = kind == "MultiPolygon" or (frame.geom_type == "MultiPolygon").any()
+        parts = layer.parts or bool((layer.frame.geom_type == "MultiPolygon").any())
         pyogrio.write_dataframe(
-            frame,
+            layer.frame,
             draft,
-            layer=name,
+            layer=layer.name,
             driver="GPKG",
-            geometry_type="MultiPolygon" if parts else kind,
-            promote_to_multi=bool(parts),
+            geometry_type="MultiPolygon" if parts else "Polygon",
+            promote_to_multi=parts,
             dataset_options={"VERSION": "1.2"},  # nothing here needs more, and older QGIS warns of later ones
-            layer_options={"GEOMETRY_NAME": "geom", "IDENTIFIER": name, "DESCRIPTION": _ABOUT[name]},
+            layer_options={"GEOMETRY_NAME": "geom", "IDENTIFIER": layer.name, "DESCRIPTION": layer.about},
         )
-    styles = {"detections": qgis.detections_style(features["class"]), "coverage": qgis.coverage_style()}
     now = clock()
+    first = layers[0]
     database = sqlite3.connect(draft)
     try:
         with database:
@@ -212,14 +243,18 @@ def _write_gpkg(
                 "INSERT INTO layer_styles (f_table_catalog, f_table_schema, f_table_name, f_geometry_column,"
                 " styleName, styleQML, styleSLD, useAsDefault, description, owner, ui, update_time)"
                 " VALUES ('', '', ?, 'geom', ?, ?, ?, 1, ?, '', NULL, ?)",
-                [(name, s.name, s.qml, s.sld, s.description, now) for name, s in styles.items()],
+                [
+                    (each.name, s.name, s.qml, s.sld, s.description, now)
+                    for each in layers
+                    for s in [each.style]
+                ],
             )
-        (written,) = database.execute("SELECT count(*) FROM detections").fetchone()
+        (written,) = database.execute(f"SELECT count(*) FROM {first.name}").fetchone()
     finally:
         database.close()
-    if written != len(features):
+    if written != len(first.frame):
         raise OutputError(
-            f"{draft.name}: {written} of {len(features)} features reached the file; write it again"
+            f"{draft.name}: {written} of {len(first.frame)} features reached the file; write it again"
         )
 
 
