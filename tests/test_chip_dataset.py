@@ -12,6 +12,7 @@ import pytest
 import shapely
 import torch
 from conftest import NORTH_UP, UTM, Raster, write_raster
+from test_georef import made_up_rpc
 from test_scene_dataset import gcps
 from torch.utils.data import DataLoader
 from torchgeo.samplers import GridGeoSampler, PreChippedGeoSampler, RandomBatchGeoSampler, RandomGeoSampler
@@ -117,10 +118,13 @@ def test_chips_smaller_than_asked_are_padded(made):
     assert np.array_equal(sample["image"][:, :40, :50].numpy(), scene.read((0, 0, 50, 40)).image)
 
 
-def test_chips_with_control_points_are_not_warped(tmp_path):
+@pytest.mark.parametrize("kind", ["gcps", "rpcs"])
+def test_chips_with_control_points_or_rpcs_are_not_warped(tmp_path, kind):
     pixels = RNG.integers(1, 255, (100, 130), dtype=np.uint8)
-    path = write_raster(tmp_path / "s", Raster(pixels, crs="EPSG:4326", gcps=gcps(130, 100)))
+    place = {"crs": "EPSG:4326", "gcps": gcps(130, 100)} if kind == "gcps" else {"rpcs": made_up_rpc()}
+    path = write_raster(tmp_path / "s", Raster(pixels, **place))
     scene = open_scene(path, "sar")
+    assert scene.georef.kind == kind
     dataset = ChipDataset(cut(tmp_path / "out", [scene]), "sar")
     for row, query in enumerate(PreChippedGeoSampler(dataset)):
         chip, sample = dataset.table.iloc[row], dataset[query]
