@@ -53,7 +53,8 @@ def cut_task(task: Task, folder: str, options: ChipOptions) -> str:
         )
         kept, dropped = objects[chip.name]
         told["chips"].append([chip.name, share, len(kept), dropped])
-        told["labels"] += [[chip.name, row, truncated] for row, truncated in kept]
+        rows = range(len(task.entry.objects or ())) if task.rows is None else task.rows
+        told["labels"] += [[chip.name, int(rows[row]), truncated] for row, truncated in kept]
     part.parent.mkdir(parents=True, exist_ok=True)
     draft = part.with_name(f".{part.name}.{os.getpid()}")
     draft.write_text(json.dumps(told))

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from babelrs_geo.boxes import bounds
 from babelrs_geo.chips.ground import outlines, sharing
 from babelrs_geo.chips.options import SPLITS, ChipOptions
 from babelrs_geo.scenes import Scene
@@ -29,6 +30,7 @@ _ALIGN = (
 )
 _LARGEST = 4096  # blocks of a file beyond this are not kept whole: a block of ground would be too large
 _FEW = 4  # a scene of fewer blocks stays whole
+_FAIR = 2  # groups of blocks for each split, from which on none stays empty
 _RUN = 6  # blocks a region has at most: bounds the memory of a task
 _LINKED = 0.01  # of a block's ground shared with another scene's: they go to the same split
 _SEQUENTIAL = {"PNG", "JPEG", "GIF", "BMP", "WEBP"}  # formats that can only be decoded from the start
@@ -75,6 +77,19 @@ class Task:
     """Names the task's part of the index; the same whenever the same is asked."""
     entry: Entry
     regions: tuple[Region, ...]
+    rows: NDArray[np.int64] | None = None
+    """Which of the scene's objects the entry holds; None for all."""
+
+    def light(self) -> Task:
+        """The same with the objects it needs alone: what is sent to a worker."""
+        objects = self.entry.objects
+        if objects is None:
+            return self
+        edge = bounds(objects.boxes)
+        low = np.min([r.rect[:2] for r in self.regions], 0)
+        high = np.max([(r.rect.x1, r.rect.y1) for r in self.regions], 0)
+        rows = np.flatnonzero((edge[:, :2] < high).all(1) & (edge[:, 2:] > low).all(1))
+        return replace(self, entry=replace(self.entry, objects=objects[rows]), rows=rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +170,8 @@ def _assign(
     """The split of every block, by scene, and the pixels each split got.
 
     Groups of linked blocks come in an order drawn by lot from the place of their first block, and each goes to the
-    split that lacks most of its share: shares are met as closely as the blocks allow.
+    split that lacks most of its share: shares are met as closely as the blocks allow, but none stays empty where there
+    are two groups for each.
     """
     flat = [[rect for row in rows for rect in row] for rows in blocks]
     grounds = [outlines(rects, entry.scene.georef) for entry, rects in zip(entries, flat, strict=True)]
@@ -174,8 +190,12 @@ def _assign(
 
     chosen: dict[tuple[int, int], str] = {}
     area = dict.fromkeys(SPLITS, 0)
-    for root in sorted(members, key=order):
-        name = max(lack, key=lambda split: lack[split])
+    left = sorted(members, key=order)
+    fair = len(left) >= _FAIR * len(lack)
+    for number, root in enumerate(left):
+        bare = [split for split in lack if not area[split]]
+        last = fair and len(left) - number <= len(bare)  # what is left is needed so that none stays empty
+        name = max(bare if last else lack, key=lambda split: lack[split])
         lack[name] -= weight[root]
         area[name] += weight[root]
         chosen[root] = name

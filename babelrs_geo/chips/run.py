@@ -10,7 +10,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,16 +93,19 @@ def cut_entries(
     if (out / INDEX).exists() and note.get("counts"):
         shutil.rmtree(out / SPOOL, ignore_errors=True)
         return _ended(out, note["counts"])
-    planned = plan(entries, options)
-    _tell_empty(planned, options)
-    left = [task for task in planned.tasks if not part_path(out, task.key).exists()]
-    done = len(planned.tasks) - len(left)
-    if progress:
-        progress(done, len(planned.tasks))
-    for _ in _work(left, out, options, workers):
-        done += 1
+    with _crew(workers) as work:
+        planned = plan(entries, options)
+        _tell_empty(planned, options)
+        left = [task for task in planned.tasks if not part_path(out, task.key).exists()]
+        for scene in {id(task.entry): task.entry.scene for task in left}.values():
+            scene.find_collar()
+        done = len(planned.tasks) - len(left)
         if progress:
             progress(done, len(planned.tasks))
+        for _ in work(left, out, options):
+            done += 1
+            if progress:
+                progress(done, len(planned.tasks))
     counts = write_tables(out, planned, entries)
     write_text(out / NOTE, json.dumps(asked | {"counts": counts}, indent=1))
     _tidy(out)
@@ -244,52 +248,72 @@ def _tell_empty(planned: Plan, options: ChipOptions) -> None:
         )
 
 
-def _work(tasks: Sequence[Task], out: Path, options: ChipOptions, workers: Workers) -> Iterator[str]:
-    """Do the tasks, in any order, and give their keys as they are done."""
-    if not tasks:
-        return
-    if workers.scheduler is None and min(workers.processes, len(tasks)) == 1:
-        for task in tasks:
-            yield cut_task(task, str(out), options)
-        return
-    from distributed import as_completed
-
-    with _client(workers, len(tasks)) as client:
-        futures = client.map(cut_task, tasks, folder=str(out), options=options, pure=False, batch_size=64)
-        try:
-            for future in as_completed(futures):
-                yield future.result()  # a task's error ends the run
-        finally:
-            client.cancel(futures)
+Work = Callable[[Sequence[Task], Path, ChipOptions], Iterator[str]]
 
 
 @contextmanager
-def _client(workers: Workers, tasks: int) -> Iterator[Any]:
-    """A client of the user's scheduler, or of processes on this machine that end with the run."""
+def _crew(workers: Workers) -> Iterator[Work]:
+    """What does tasks, in any order, and gives their keys as they are done.
+
+    Processes start while the caller still plans, and end with the block.
+    """
+    if workers.scheduler is None and workers.processes == 1:
+        yield lambda tasks, out, options: (cut_task(task, str(out), options) for task in tasks)
+        return
+    from distributed import as_completed
+
+    with ExitStack() as stack, ThreadPoolExecutor(1) as starter:
+        starting = starter.submit(_client, workers, stack)
+
+        def work(tasks: Sequence[Task], out: Path, options: ChipOptions) -> Iterator[str]:
+            client = starting.result()
+            if not tasks:
+                return
+            light = [task.light() for task in tasks]
+            futures = client.map(cut_task, light, folder=str(out), options=options, pure=False, batch_size=64)
+            try:
+                for future in as_completed(futures, loop=client.loop):
+                    yield future.result()  # a task's error ends the run
+            finally:
+                client.cancel(futures)
+
+        try:
+            yield work
+        finally:
+            starting.exception()  # started or failed: what it opened is on the stack
+
+
+def _client(workers: Workers, stack: ExitStack) -> Any:
+    """A client of the user's scheduler, or of processes on this machine; closed with the stack."""
     from distributed import Client, LocalCluster
 
     if workers.scheduler is not None:
         try:
-            client = Client(workers.scheduler, timeout="20s")
+            client = Client(workers.scheduler, timeout="20s", set_as_default=False)
         except (OSError, ValueError) as error:
             raise ParameterError(
                 f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"
             ) from error
-        with client:
-            yield client
-        return
-    with (
+        stack.callback(client.close)
+        return client
+    cluster = stack.enter_context(
         LocalCluster(
-            n_workers=min(workers.processes, tasks),
+            n_workers=workers.processes,
             threads_per_worker=1,
             processes=True,
             dashboard_address=None,
             memory_limit=0,
             silence_logs=50,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+        )
+    )
+    client = Client(cluster, set_as_default=False)
+    stack.callback(client.close)
+    client.run(_ready)
+    return client
+
+
+def _ready() -> None:
+    """Does nothing, but imports all of this where it is called."""
 
 
 def _ended(out: Path, counts: dict[str, Any]) -> Cut:

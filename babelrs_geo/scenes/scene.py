@@ -223,6 +223,11 @@ class Scene:
         columns, rows = (np.arange(start, start + n) for start, n in zip(window[:2], window[2:], strict=True))
         return raw, self._uncollared(raw[[b - 1 for b in self._bands]], valid, rows, columns)[1]
 
+    def find_collar(self) -> None:
+        """Look for the collar now, where it is asked for, so that copies sent to other processes know it."""
+        if self.options.collar:
+            self._found_collar()
+
     @property
     def facts(self) -> Facts:
         """What the file says of itself."""
