@@ -1,0 +1,176 @@
+"""Recipes: those that come with the package, what may be changed, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_recipe import tiny_recipe
+
+from babelrs_geo.cli import main
+from babelrs_geo.cli.train import RECIPES
+from babelrs_geo.datasets.augment import Augment
+from babelrs_geo.datasets.published import Published
+from babelrs_geo.errors import ParameterError
+from babelrs_geo.models.detector import COMPACT, DetectorConfig
+from babelrs_geo.training import LayerDecay, StepSchedule, TrainOptions, schedule
+from babelrs_geo.training.recipe import Recipe, differing, from_plain, names, read, to_plain, write
+from babelrs_geo.training.run import configuration
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_command_line_offers_what_there_is() -> None:
+    assert sorted(RECIPES) == names()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_being_written(name: str) -> None:
+    recipe = read(name)
+    assert from_plain(Recipe, yaml.safe_load(write(recipe))) == recipe
+
+
+def test_soi_det_is_the_papers() -> None:
+    recipe = read("soi-det")
+    assert configuration(recipe.model) == DetectorConfig()
+    assert recipe.layer_decay == LayerDecay(lr=5e-5, decay=0.95, weight_decay=0.05)
+    assert recipe.schedule == StepSchedule(33_468, 500, 1 / 3, (22_312, 30_679), 0.1)
+    assert (recipe.clip, recipe.precision, recipe.processes, recipe.seed) == (35.0, "32", 8, 0)
+    (phase,) = recipe.phases
+    assert phase.steps == 33_468
+    assert recipe.quota(phase) == {"sar": 2, "rgb": 1, "ir": 1}
+    assert list(recipe.quota(phase)) == ["sar", "rgb", "ir"]
+    assert all(phase.views[s].chosen == Published() for s in ("sar", "rgb", "ir"))
+    assert not recipe.averaged
+    assert not recipe.data.background
+
+
+def test_compact_has_the_numbers_of_the_bundled_weights() -> None:
+    recipe = read("compact")
+    assert configuration(recipe.model) == COMPACT
+    document = yaml.safe_load((ROOT / "pipelines" / "train_compact.yaml").read_text())
+    for phase, wanted in zip(recipe.phases, document["phases"], strict=True):
+        wanted = document["common"] | wanted
+        for key in ("steps", "warmup", "cooldown", "lr", "prior_lr", "weight_decay", "mean_decay", "quota"):
+            assert getattr(phase, key) == wanted[key], key
+        for sensor, own in wanted["augment"].items():
+            assert phase.views[sensor].chosen == Augment(**own | {"scale": tuple(own["scale"])})
+        assert recipe.clip == wanted["clip"]
+        options = TrainOptions(steps=phase.steps, warmup=phase.warmup, cooldown=phase.cooldown)
+        assert all(schedule(k, phase) == schedule(k, options) for k in range(0, phase.steps, 7))
+
+
+def test_changes_reach_what_they_name() -> None:
+    recipe = read(
+        "compact",
+        [
+            "phases.*.lr=1e-3",
+            "phases.1.quota.sar=9",
+            "data.sensors=[rgb, ir]",
+            "model.classes.rgb=[plane]",
+            "model.start=null",
+        ],
+    )
+    assert {p.lr for p in recipe.phases} == {1e-3}
+    assert [p.quota["sar"] for p in recipe.phases][:3] == [2, 9, 2]
+    assert recipe.quota(recipe.phases[0]) == {"rgb": 3, "ir": 3}
+    assert configuration(recipe.model).classes == {**COMPACT.classes, "rgb": ("plane",)}
+    assert recipe.model.start is None
+    changed = differing(to_plain(read("compact")), to_plain(read("compact", ["clip=1", "run.workers=9"])))
+    assert changed == ["clip"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("run.worker=2", "there is no run.worker in a recipe; did you mean run.workers?"),
+        ("workers=2", "there is no workers in a recipe; did you mean run.workers?"),
+        ("phases.0.quotas=1", "there is no phases.0.quotas in a recipe; did you mean phases.0.quota?"),
+        ("phases.7.lr=1", "phases.7.lr: 7 is none of the 6 elements; count from 0, or * for all"),
+        ("clip=much", "clip is 'much'; expected a number"),
+        ("seed=1.5", "seed is 1.5; expected a whole number"),
+        ("precision=8", "precision is 8; expected one of 32, bf16, 16"),
+        ("data.background=1", "data.background is 1; expected true or false"),
+        ("phases.0.views.sar.crop.scale=[1]", "phases.0.views.sar.crop.scale is [1]; expected a list of 2"),
+        (
+            "phases.0.views.sar.published={}",
+            "phases.0.views.sar has 2 kinds; give one of crop, affine, published",
+        ),
+        ("data.sensors=[sar,lidar]", "data.sensors has lidar; expected some of sar, rgb, ir"),
+        (
+            "phases.0.quota.sar=0",
+            "phases.0.quota has no sar; give 1 or more, or leave it out of data.sensors",
+        ),
+        ("phases.1.steps=10", "phases.1.steps is 10; a phase ends after the one before it (145)"),
+        ("phases.0.mean_decay=0", "mean_decay is 0 in some phases"),
+        ("seed.x=1", "seed.x: seed holds a value, in which there is no x"),
+        ("seed", '"seed" is no change; expected key=value'),
+        ("seed=[", "the value is no YAML"),
+        ("layer_decay={}", "layer_decay and schedule go together"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(change: str, told: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        read("compact", [change])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_recipes_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for text, told in (
+        ("[1]", "holds no mapping"),
+        ("a: [", "is no YAML"),
+        ("phases: []", "lacks name"),
+        ("name: x\nphases: []", "has no phases"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ParameterError, match=told):
+            read(path)
+    with pytest.raises(ParameterError, match="there is no recipe .*one of compact, soi-det"):
+        read(tmp_path / "none.yaml")
+    with pytest.raises(ParameterError, match=r"there is no model\.architecture\.neck"):
+        configuration(read("compact", ["model.architecture.neck=3"]).model)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 10**6), st.floats(1e-9, 1e3), st.booleans(), st.sampled_from(["32", "bf16", "16"]))
+def test_what_is_set_is_what_is_read(seed: int, clip: float, background: bool, precision: str) -> None:
+    made: Recipe = from_plain(
+        Recipe, tiny_recipe(seed=seed, clip=clip, precision=precision, data={"background": background})
+    )
+    assert (made.seed, made.clip, made.precision, made.data.background) == (seed, clip, precision, background)
+    assert from_plain(Recipe, to_plain(made)) == made
+
+
+def call(*words: Any) -> Any:
+    return CliRunner().invoke(main, ["train", *map(str, words)])
+
+
+def test_the_verb_refuses_in_one_line(tmp_path: Path) -> None:
+    both = call("--recipe", "compact", "--config", "x", "--data", "d", "-o", tmp_path)
+    assert (both.exit_code, both.stderr.count("\n")) == (2, 1)
+    assert "one of --recipe and --config" in both.stderr
+    wrong = call("--recipe", "compact", "--set", "phases.*.lrs=1", "--data", "d", "-o", tmp_path)
+    assert (wrong.exit_code, wrong.stderr) == (
+        1,
+        "babelrs-geo: error: there is no phases.0.lrs in a recipe; did you mean phases.0.lr?\n",
+    )
+    nowhere = call(
+        "--recipe", "compact", "--data", tmp_path / "d", "-o", tmp_path / "run", "--start", "nothing"
+    )
+    assert nowhere.exit_code == 1
+    assert 'there are no weights "nothing"' in nowhere.stderr
+
+
+def test_reading_a_recipe_needs_no_lightning() -> None:
+    code = "import sys, babelrs_geo.training.recipe; print('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,362 @@
+"""Runs on Lightning: killed or resumed they are the same run; what they log, refuse and leave."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pytest
+import shapely
+import torch
+import yaml
+from conftest import NORTH_UP, UTM, Raster, write_raster
+from safetensors.torch import load_file
+from test_datasets import write_soi
+from tiny_recipe import tiny_recipe, write_recipe
+
+from babelrs_geo import open_scene
+from babelrs_geo.chips import ChipOptions, cut_chips, read_index
+from babelrs_geo.datasets.published import Published
+from babelrs_geo.datasets.seeding import generator
+from babelrs_geo.errors import LabelError, ParameterError, TrainingError, WeightsError
+from babelrs_geo.models import checkpoints
+from babelrs_geo.training.data import Batches, Look, TrainingData
+from babelrs_geo.training.recipe import Recipe, from_plain
+from babelrs_geo.training.run import Place, Trained, build, configuration, fit
+from babelrs_geo.vectors.labels import read_labels
+
+# Python 3.12 warns where a loader's workers are forked from a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def soi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("soi")
+    write_soi(root, images=4)
+    return root
+
+
+def recipe(steps: int = STEPS, **changes: Any) -> Recipe:
+    made: Recipe = from_plain(Recipe, tiny_recipe(steps, **changes))
+    return made
+
+
+def run_part(**changes: Any) -> dict[str, Any]:
+    return {**tiny_recipe()["run"], **changes}
+
+
+def run(folder: Path, soi: Path, how: Recipe | None = None, **place: Any) -> Trained:
+    return fit(how or recipe(), [soi], Place(folder=folder, device="cpu", **place))
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    """All that a run ends with: weights, running mean and what the optimizer remembers."""
+    state = torch.load(folder / "last.ckpt", weights_only=True)
+    held = state["optimizer_states"][0]["state"]
+    moments = {f"{k}.{name}": v for k, own in held.items() for name, v in own.items()}
+    return {**state["state_dict"], **moments}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = final(one), final(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole(soi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, soi)
+    assert (done.step, done.stopped, done.best_step) == (STEPS, False, STEPS)
+    return folder
+
+
+def test_workers_and_measurements_change_nothing(whole: Path, soi: Path, tmp_path: Path) -> None:
+    how = recipe(run=run_part(workers=2, gradients_every=0, checkpoint_minutes=60))
+    run(tmp_path, soi, how)
+    assert_same(whole, tmp_path)
+
+
+def test_a_run_stopped_at_a_step_goes_on_as_if_nothing_had_happened(
+    whole: Path, soi: Path, tmp_path: Path
+) -> None:
+    stop_at = 3  # in the second phase
+
+    def interrupt(done: int, total: int) -> None:
+        if done == stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = run(tmp_path, soi, progress=interrupt)
+    assert (stopped.step, stopped.stopped) == (stop_at, True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(ParameterError, match="holds a run already; go on with it by --resume auto"):
+        run(tmp_path, soi)
+    with pytest.raises(ParameterError, match=r"differs from the recipe in clip; go on with its own"):
+        run(tmp_path, soi, recipe(clip=1.0), resume=True)
+    done = run(tmp_path, soi, recipe(run=run_part(workers=1)), resume=True)
+    assert (done.step, done.stopped) == (STEPS, False)
+    assert_same(whole, tmp_path)
+    for mine, theirs in zip(rows(whole), rows(tmp_path), strict=True):
+        for name in mine.keys() - {"seconds_a_step", "data_wait"}:
+            assert mine[name] == theirs[name], name
+    again = run(tmp_path, soi, resume=True)
+    assert (again.step, again.best) == (STEPS, done.best)
+
+
+def command(folder: Path, soi: Path, config: Path, *more: str) -> list[str]:
+    given = ["--config", str(config), "--data", str(soi), "-o", str(folder), "--device", "cpu"]
+    return [sys.executable, "-m", "babelrs_geo", "train", *given, *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, "the run ended, or did not begin"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(soi: Path, tmp_path: Path) -> None:
+    """SIGKILL, twice, in a process of its own; the moment is drawn anew each time the suite runs."""
+    config, folder = write_recipe(tmp_path / "tiny.yaml", steps=12), tmp_path / "killed"
+    with subprocess.Popen(
+        command(folder, soi, config, "--resume", "auto"), env=environment(), stderr=subprocess.PIPE
+    ) as process:
+        wait_for(folder / "last.ckpt", process)
+        time.sleep(random.uniform(0, 1.5))
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    reached = int(torch.load(folder / "last.ckpt", weights_only=True)["global_step"])
+    assert 1 <= reached < 12
+    subprocess.run(command(folder, soi, config, "--resume", "auto"), env=environment(), check=True)
+    subprocess.run(command(tmp_path / "whole", soi, config), env=environment(), check=True)
+    assert_same(tmp_path / "whole", folder)
+    assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(tmp_path / "whole")]
+    assert not list(folder.glob(".*.part"))
+
+
+@pytest.mark.slow
+def test_two_processes_see_other_images_and_keep_equal_weights(soi: Path, tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(_TWO)
+    here = str(Path(__file__).parent)
+    subprocess.run(
+        [sys.executable, str(script), here, str(soi), str(tmp_path / "run")],
+        env=environment(),
+        check=True,
+        timeout=400,
+    )
+    seen = [np.load(tmp_path / f"run/rank{rank}.npz") for rank in (0, 1)]
+    for name in seen[0].files:
+        assert name == "draws" or np.array_equal(seen[0][name], seen[1][name]), name
+    # two steps of two processes with one image a sensor: each of the four images once
+    assert sorted(np.concatenate([each["draws"] for each in seen])) == [
+        100 * sensor + k for sensor in range(3) for k in range(4)
+    ]
+    assert len(rows(tmp_path / "run")) == 3  # two steps and a validation, written once
+    assert checkpoints.read_header(tmp_path / "run" / "final.safetensors").metrics["sar"]["images"] == 4
+
+
+_TWO = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from tiny_recipe import tiny_recipe
+from babelrs_geo.datasets.samplers import Mixture
+from babelrs_geo.training.module import DetectorTraining
+from babelrs_geo.training.recipe import Recipe, from_plain
+from babelrs_geo.training.run import Place, fit
+
+folder, draws = Path(sys.argv[3]), []
+read = Mixture.__getitem__
+
+def noted(self, draw):
+    draws.append(("sar", "rgb", "ir").index(draw.source) * 100 + draw.number)
+    return read(self, draw)
+
+def end(self):
+    weights = {k: v.numpy() for k, v in self.state_dict().items()}
+    np.savez(folder / f"rank{self.global_rank}.npz", draws=np.array(draws), **weights)
+
+Mixture.__getitem__, DetectorTraining.on_train_end = noted, end
+plain = tiny_recipe(4)
+recipe = from_plain(Recipe, {**plain, "phases": plain["phases"][:1]})
+fit(recipe, [Path(sys.argv[2])], Place(folder=folder, device="cpu", devices=2))
+"""
+
+
+def test_the_log_has_each_sensors_losses_gradients_and_their_cosines(whole: Path) -> None:
+    train = [row for row in rows(whole) if row["loss"]]
+    assert [int(row["step"]) for row in train] == list(range(1, STEPS + 1))
+    for row in train:
+        parts = [float(row[f"{sensor}_loss"]) for sensor in ("sar", "rgb", "ir")]
+        assert sum(parts) == pytest.approx(float(row["loss"]), rel=1e-4)
+        assert float(row["gradient"]) > 0
+        assert 0 <= float(row["data_wait"]) <= 1
+    measured = [row for row in train if row["cosine_rgb_ir"]]
+    assert [int(row["step"]) for row in measured] == [1, 3, 5]
+    for row in measured:
+        for pair in ("sar_rgb", "sar_ir", "rgb_ir"):
+            assert -1 <= float(row[f"cosine_{pair}"]) <= 1
+        assert all(float(row[f"{sensor}_gradient"]) > 0 for sensor in ("sar", "rgb", "ir"))
+    assert [row["step"] for row in rows(whole) if row["val_h_map"]] == [str(STEPS)]
+
+
+def test_weights_are_of_the_running_mean_with_a_header_that_detect_takes(whole: Path) -> None:
+    model, header = checkpoints.load(whole / "final.safetensors")
+    assert header.classes["sar"] == ("ship",)
+    assert header.gsd["rgb"] == (0.1, 1.0)
+    assert all(value >= 0.1 for own in header.thresholds.values() for value in own.values())
+    assert header.metrics["h_map"] == 0.0 or header.metrics["sar"]["map"] > 0
+    assert header.training["steps"] == STEPS
+    state = final(whole)
+    stored = load_file(whole / "final.safetensors")
+    assert all(torch.equal(v, state[f"mean.{k}"].half()) for k, v in stored.items())
+    assert any(not torch.equal(v, state[f"model.{k}"].half()) for k, v in stored.items())
+    found = model.predict(torch.rand(1, 3, 64, 64), "rgb")
+    assert len(found) == 1
+
+
+def test_a_loss_that_is_no_number_stops_with_the_files(
+    soi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from babelrs_geo.models.detector import Detector
+
+    losses = Detector.losses
+
+    def broken(self: Detector, batch: Any) -> dict[str, torch.Tensor]:
+        return {k: v * float("nan") if k.startswith("ir") else v for k, v in losses(self, batch).items()}
+
+    monkeypatch.setattr(Detector, "losses", broken)
+    with pytest.raises(TrainingError, match=r"step 0: the loss is nan.* ir nan \(\d\.png\)"):
+        run(tmp_path, soi)
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_one_sensor_alone_learns_and_leaves_the_others_heads(soi: Path, tmp_path: Path) -> None:
+    how = recipe(2, data={"sensors": ["rgb"], "val": {"rgb": "train"}}, precision="bf16")
+    done = run(tmp_path, soi, how)
+    assert done.step == 2
+    header = checkpoints.read_header(tmp_path / "final.safetensors")
+    assert list(header.classes) == ["rgb"]
+
+
+def test_what_a_run_lacks_is_told_before_it_begins(soi: Path, tmp_path: Path) -> None:
+    def told(how: Recipe, data: Sequence[Path] = (soi,)) -> str:
+        with pytest.raises((LabelError, ParameterError)) as caught:
+            fit(how, data, Place(folder=tmp_path / "run", device="cpu"))
+        return str(caught.value)
+
+    no_val = told(recipe(data={}))
+    assert "after_merge_val.json is missing" in no_val
+    assert "is no source of samples" in told(recipe(), [tmp_path])
+    assert "do not say how many metres" in told(recipe(header={}))
+    (tmp_path / "half").mkdir()
+    write_soi(tmp_path / "half")
+    for name in ("SARDet_50K", "DroneVehicle"):
+        (tmp_path / "half" / name).rename(tmp_path / name)
+    lacking = told(recipe(), [tmp_path / "half"])
+    assert "nothing to learn from of sar, ir in split train" in lacking
+    assert "--set data.sensors=[rgb]" in lacking
+
+
+def test_another_number_of_processes_than_the_recipe_is_for_is_told(soi: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="written for 8 processes and this run has 1"):
+        run(tmp_path, soi, recipe(1 + 1, processes=8))
+
+
+def test_chips_and_scenes_are_learnt_from_too(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(20, 60, (3, 256, 256), dtype=np.uint8)
+    corners = [(20 + 64 * i, 30 + 64 * j) for i in range(4) for j in range(4)]
+    shapes = []
+    for x, y in corners:
+        picture[:, y : y + 12, x : x + 24] = 240
+        places = [(x, y), (x + 24, y), (x + 24, y + 12), (x, y + 12)]
+        shapes.append(shapely.Polygon([NORTH_UP @ place for place in places]))
+    write_raster(tmp_path / "scene", Raster(picture))
+    gpd.GeoDataFrame({"class": "plane"}, geometry=shapes, crs=UTM).to_file(tmp_path / "labels.gpkg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a split that stays empty is told
+        cut_chips(
+            [open_scene(tmp_path / "scene.tif", "rgb")],
+            tmp_path / "chips",
+            [read_labels(tmp_path / "labels.gpkg")],
+            ChipOptions(size=64, overlap=0, split=(0.5, 0.5, 0), block=1),
+        )
+    scenes = {"sensor": "rgb", "scenes": ["scene.tif"], "labels": "labels.gpkg", "split": "train"}
+    (tmp_path / "scenes.yaml").write_text(yaml.safe_dump({**scenes, "size": 128, "stride": 128}))
+    how = recipe(2, data={"sensors": ["rgb"], "background": False}, header={})
+    data = TrainingData(how, configuration(how.model), [tmp_path / "chips", tmp_path / "scenes.yaml"])
+    chips = read_index(tmp_path / "chips")
+    learnt, judged = ((chips["split"] == split).sum() for split in ("train", "val"))
+    assert len(data.learn["rgb"].samples) == learnt + 4
+    assert len(data.judge["rgb"].samples) == judged > 0
+    names = {data.learn["rgb"].samples[i]["name"] for i in range(learnt + 4)}
+    assert len(names) == learnt + 1  # four windows of one scene
+    fit(how, [tmp_path / "chips", tmp_path / "scenes.yaml"], Place(folder=tmp_path / "run", device="cpu"))
+    header = checkpoints.read_header(tmp_path / "run" / "best.safetensors")
+    metre = abs(NORTH_UP.a)
+    assert header.gsd["rgb"] == pytest.approx((metre / 1.25, metre * 1.25), rel=0.02)
+    assert header.metrics["rgb"]["images"] == judged
+
+
+def test_the_published_pipeline_runs_and_draws_again_where_nothing_is_left(soi: Path) -> None:
+    views = {sensor: {"published": {"size": 96}} for sensor in ("sar", "rgb", "ir")}
+    quota = {"sar": 2, "rgb": 1, "ir": 1}
+    how = recipe(3, phases=[{"steps": 3, "quota": quota, "views": views}])
+    data = TrainingData(how, configuration(how.model), [soi])
+    (batch, *_) = batches = list(Batches(data, lambda: 0, 0, 1))
+    assert len(batches) == 3
+    assert [len(batch[s]["targets"]) for s in quota] == [2, 1, 1]
+    assert batch["rgb"]["image"].shape == (1, 3, 96, 96)
+    (target,) = batch["ir"]["targets"]
+    assert target.labels.tolist() == [data.config.labels("ir").start + 1]
+    assert target.size == (75, 96)
+    later = next(iter(Batches(data, lambda: 2, 0, 1)))
+    assert all(torch.equal(later[s]["image"], batches[2][s]["image"]) for s in quota)
+    nothing = Look(Published(size=96, smallest=1000), data.learn["rgb"].samples, 0)
+    with pytest.raises(LabelError, match="show no object"):
+        nothing(data.learn["rgb"].samples[0], generator(0))
+
+
+def test_a_detector_with_other_classes_is_a_start(whole: Path, soi: Path) -> None:
+    model = build(recipe(model={**tiny_recipe()["model"], "start": str(whole / "final.safetensors")}))
+    state = {k: v.float() for k, v in load_file(whole / "final.safetensors").items()}
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    fewer = {
+        **tiny_recipe()["model"],
+        "start": str(whole / "final.safetensors"),
+        "classes": {"rgb": ["plane"]},
+    }
+    other = build(recipe(model=fewer)).state_dict()
+    new = [k for k in other if other[k].shape != state[k].shape]
+    assert new and all("_cls" in k for k in new)
+    assert torch.equal(other["neck.lateral_convs.0.conv.weight"], state["neck.lateral_convs.0.conv.weight"])
+    wider = {**fewer, "architecture": {**fewer["architecture"], "neck_channels": 64}}
+    with pytest.raises(WeightsError, match="does not fit the recipe's architecture"):
+        build(recipe(model=wider))
