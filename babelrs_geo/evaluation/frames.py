@@ -200,26 +200,26 @@ def _chips(data: Path, sensor: str, header: Header, options: DataOptions) -> Fra
     order = {name: i for i, name in enumerate(judged)}
     numbers = np.array([order.get(name, -1) for name in names], np.int64)
     boxes = labels[["cx", "cy", "w", "h", "r"]].to_numpy(np.float64)
-    rows = labels.groupby("chip", sort=False).indices
+    objects = labels.groupby("chip", sort=False).indices
     if not options.background and sensor != "sar":
-        table = table[table["chip"].isin(rows)].reset_index(drop=True)
+        table = table[table["chip"].isin(objects)].reset_index(drop=True)
     here = labels["chip"].isin(set(table["chip"])).to_numpy() & (numbers < 0)
     counts = Counter(str(name) for name in names[here])
 
     def load(i: int) -> Frame:
         row = table.iloc[i]
-        mine = rows.get(row["chip"], np.zeros(0, np.int64))
+        mine = objects.get(row["chip"], np.zeros(0, np.int64))
         with open_chip(data, row["path"], row["radiometry"]) as chip:
             plan = plan_for(chip, header, DetectOptions(gsd=options.gsd, overlap=0))
             if plan.caution:
                 warnings.warn(plan.caution, UserWarning, stacklevel=2)
-            pixels = chip.read((0, 0, chip.width, chip.height), plan.scale)
+            rows, columns = chip.shape_at(plan.scale)
+            pixels = chip.read((0, 0, columns, rows), plan.scale)
             extent = (0, 0, chip.width, chip.height)
         truth = _truth(boxes[mine], numbers[mine], judged, sensor, extent)
-        height, width = pixels.image.shape[1:]
-        back = (extent[2] / width, extent[3] / height)
+        back = (extent[2] / columns, extent[3] / rows)
         image = torch.from_numpy(np.ascontiguousarray(pixels.image))
-        return Frame(row["chip"], image, (height, width), back, truth, pixels.valid)
+        return Frame(row["chip"], image, (rows, columns), back, truth, pixels.valid)
 
     frames = Frames(sensor, len(table), load, dict(sorted(counts.items())))
     return _without(frames, known, judged)
