@@ -16,7 +16,6 @@ import numpy as np
 
 from babelrs_geo.errors import OutputError, ParameterError
 from babelrs_geo.evaluation.report import Report
-from babelrs_geo.metrics import Curve
 from babelrs_geo.qgis import class_colour
 
 MAIN = "report.json"
@@ -70,7 +69,7 @@ def write_report(
             for name, write in (extras or {}).items():
                 write(made / name)
             if picture:
-                draw(report.curves, made / "pr.png")
+                draw(report, made / "pr.png")
             (made / "report.md").write_text(markdown(report.figures), encoding="utf-8")
             text = json.dumps(plain(report.figures), indent=2, ensure_ascii=False, allow_nan=False)
             (made / MAIN).write_text(text + "\n", encoding="utf-8")
@@ -106,21 +105,37 @@ def plain(value: Any) -> Any:
     return value
 
 
-def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
-    """Precision against recall, a panel for each sensor and a line for each class, in the colours of the map."""
+def draw(report: Report, path: Path) -> None:
+    """Precision against recall, a panel for each sensor and a line for each class, in the colours of the map.
+
+    The legend has average precision as it is counted in the tables, which for SAR is not quite the area drawn.
+    """
     from matplotlib.figure import Figure
 
+    figures, curves = report.figures, report.curves
+    ground = figures["kind"] == "ground"
     panels = max(1, len(curves))
     figure = Figure(figsize=(5.5 * panels, 5.2), dpi=120, layout="constrained")
     for place, (panel, lines) in enumerate(curves.items(), 1):
         axes = figure.add_subplot(1, panels, place)
-        axes.set(title=panel, xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
+        axes.set(
+            title=f"{panel}, IoU {figures.get('iou', 0.5):g}",
+            xlabel="recall",
+            ylabel="precision",
+            xlim=(0, 1.01),
+            ylim=(0, 1.02),
+        )
         axes.set_facecolor("#1d2127")  # on which the map's colours were chosen
         axes.grid(alpha=0.2)
         for name, curve in lines.items():
             recall = np.concatenate([[0.0], curve.recall])
             precision = np.concatenate([curve.precision[:1], curve.precision])
-            axes.plot(recall, precision, color=class_colour(name), label=f"{name} {100 * curve.area:.1f}")
+            own = (
+                figures["by_class"][name]["ap"]
+                if ground
+                else figures["sensors"][panel]["by_class"][name]["ap50"]
+            )
+            axes.plot(recall, precision, color=class_colour(name), label=f"{name} {_percent(own)}")
         if lines:
             legend = axes.legend(
                 fontsize=8, title="AP, %", title_fontsize=8, labelcolor="white", facecolor="#1d2127"
