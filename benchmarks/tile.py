@@ -109,18 +109,19 @@ def tile(sources: list[Path], out: Path, options: argparse.Namespace, workers: i
     return [*command, "-o", str(out), "--workers", str(workers), "--quiet"]
 
 
-def timed(commands: list[list[str]]) -> tuple[list[float], float]:
-    """Seconds of each command, all at once, and the largest resident set of any of them, in MiB."""
+def timed(commands: list[list[str]]) -> tuple[list[float], float, float]:
+    """Seconds of each command, all at once, the largest resident set of any in MiB, and processor seconds of all."""
     start = time.perf_counter()
     pids = {os.posix_spawn(c[0], c, dict(os.environ)): n for n, c in enumerate(commands)}
-    seconds, largest = [0.0] * len(commands), 0.0
+    seconds, largest, busy = [0.0] * len(commands), 0.0, 0.0
     for _ in commands:
         pid, status, usage = os.wait4(-1, 0)
         if status:
             raise SystemExit(f"a run ended with status {status}: {' '.join(commands[pids[pid]])}")
         seconds[pids[pid]] = time.perf_counter() - start
         largest = max(largest, usage.ru_maxrss / 1024)
-    return seconds, largest
+        busy += usage.ru_utime + usage.ru_stime
+    return seconds, largest, busy
 
 
 def blocks_read(source: Path, out: Path, options: argparse.Namespace) -> float:
@@ -164,16 +165,18 @@ def main() -> None:
     subprocess.run(
         [sys.executable, "-m", "babelrs_geo", "info", str(cog)], stdout=subprocess.DEVNULL, check=False
     )
-    (alone,), memory = timed([tile([cog], folder / "one", options, 1)])
+    (alone,), memory, busy = timed([tile([cog], folder / "one", options, 1)])
     index = read_index(folder / "one")
     pixels = int((index["width"] * index["height"]).sum())
     shutil.rmtree(folder / "one")
+    before = time.process_time()
     read, write = floor(cog, folder / "floor", pixels)
-    (together,), _ = timed([tile([cog], folder / "two", options, 2)])
+    least = time.process_time() - before
+    (together,), _, _ = timed([tile([cog], folder / "two", options, 2)])
     shutil.rmtree(folder / "two")
     for n, half in enumerate(halves):
         cut_half(cog, half, n * (side // 2), side // 2)
-    apart, _ = timed([tile([half], folder / half.stem, options, 1) for half in halves])
+    apart, _, _ = timed([tile([half], folder / half.stem, options, 1) for half in halves])
     figures: dict[str, float | int | str] = {
         "scene": f"{side} x {side} x 3",
         "chips": len(index),
@@ -182,6 +185,7 @@ def main() -> None:
         "write s": round(write, 2),
         "tile s": round(alone, 2),
         "tile / floor": round(alone / (read + write), 3),
+        "tile / floor, processor seconds": round(busy / least, 3),
         "memory MiB": round(memory),
         "two workers s": round(together, 2),
         "halves s": " and ".join(f"{s:.2f}" for s in apart),

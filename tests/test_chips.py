@@ -18,6 +18,7 @@ import pytest
 import rasterio.warp
 import shapely
 from conftest import NORTH_UP, UTM, Raster, write_raster
+from distributed import LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
@@ -421,7 +422,12 @@ def test_chips_are_the_same_whoever_works_and_a_whole_run_does_nothing(tmp_path)
     with open_scene(path, "rgb") as scene:
         alone = cut_chips([scene], tmp_path / "one", [labels], options)
         together = cut_chips([scene], tmp_path / "two", [labels], options, Workers(processes=2))
-        assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        with LocalCluster(
+            n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50
+        ) as cluster:
+            theirs = Workers(scheduler=cluster.scheduler_address)
+            cut_chips([scene], tmp_path / "three", [labels], options, theirs)
+        assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
         assert alone.chips == together.chips
         before = {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")}
         assert cut_chips([scene], tmp_path / "one", [labels], options) == alone
@@ -431,7 +437,7 @@ def test_chips_are_the_same_whoever_works_and_a_whole_run_does_nothing(tmp_path)
         with pytest.raises(OutputError, match="no chip folder"):
             cut_chips([scene], tmp_path, [labels], options)
         with pytest.raises(ParameterError, match="given twice"):
-            cut_chips([scene, scene], tmp_path / "three")
+            cut_chips([scene, scene], tmp_path / "four")
 
 
 @pytest.mark.slow

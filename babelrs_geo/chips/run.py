@@ -258,7 +258,7 @@ def _crew(workers: Workers) -> Iterator[Work]:
     Processes start while the caller still plans, and end with the block.
     """
     if workers.scheduler is None and workers.processes == 1:
-        yield lambda tasks, out, options: (cut_task(task, str(out), options) for task in tasks)
+        yield lambda tasks, out, options: (cut_task(task.light(), str(out), options) for task in tasks)
         return
     from distributed import as_completed
 
