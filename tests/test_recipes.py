@@ -134,7 +134,7 @@ def test_files_that_are_no_recipes_are_told(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ParameterError, match=told):
             read(path)
-    with pytest.raises(ParameterError, match="there is no recipe .*one of compact, soi-det"):
+    with pytest.raises(ParameterError, match=r"there is no recipe .*one of compact, soi-det"):
         read(tmp_path / "none.yaml")
     with pytest.raises(ParameterError, match=r"there is no model\.architecture\.neck"):
         configuration(read("compact", ["model.architecture.neck=3"]).model)

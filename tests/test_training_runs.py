@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from babelrs_geo import open_scene
 from babelrs_geo.chips import ChipOptions, cut_chips, read_index
 from babelrs_geo.datasets.published import Published
 from babelrs_geo.datasets.seeding import generator
-from babelrs_geo.errors import LabelError, ParameterError, TrainingError, WeightsError
+from babelrs_geo.errors import LabelError, ParameterError, SceneError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
 from babelrs_geo.training.data import Batches, Look, TrainingData
 from babelrs_geo.training.recipe import Recipe, from_plain
@@ -106,14 +107,16 @@ def test_a_run_stopped_at_a_step_goes_on_as_if_nothing_had_happened(
         if done == stop_at:
             signal.raise_signal(signal.SIGINT)
 
-    stopped = run(tmp_path, soi, progress=interrupt)
+    seen = recipe(run=run_part(tensorboard=True))
+    stopped = run(tmp_path, soi, seen, progress=interrupt)
     assert (stopped.step, stopped.stopped) == (stop_at, True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(ParameterError, match="holds a run already; go on with it by --resume auto"):
         run(tmp_path, soi)
     with pytest.raises(ParameterError, match=r"differs from the recipe in clip; go on with its own"):
         run(tmp_path, soi, recipe(clip=1.0), resume=True)
-    done = run(tmp_path, soi, recipe(run=run_part(workers=1)), resume=True)
+    done = run(tmp_path, soi, recipe(run=run_part(workers=1, tensorboard=True)), resume=True)
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2
     assert (done.step, done.stopped) == (STEPS, False)
     assert_same(whole, tmp_path)
     for mine, theirs in zip(rows(whole), rows(tmp_path), strict=True):
@@ -287,7 +290,21 @@ def test_what_a_run_lacks_is_told_before_it_begins(soi: Path, tmp_path: Path) ->
 
 def test_another_number_of_processes_than_the_recipe_is_for_is_told(soi: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="written for 8 processes and this run has 1"):
-        run(tmp_path, soi, recipe(1 + 1, processes=8))
+        less = {**tiny_recipe()["model"], "checkpoint_gradients": True}
+        run(tmp_path, soi, recipe(2, processes=8, model=less))
+
+
+def test_a_file_that_cannot_be_read_is_told_by_name_from_a_worker_too(soi: Path, tmp_path: Path) -> None:
+    shutil.copytree(soi, tmp_path / "soi")
+    for path in (tmp_path / "soi").rglob("images/*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(SceneError, match=r"^\S+\.png cannot be read as an image .*copy it again$"):
+        run(tmp_path / "run", tmp_path / "soi", recipe(run=run_part(workers=1)))
+
+
+def test_half_precision_on_a_cpu_is_refused(soi: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="precision 16 needs a GPU"):
+        run(tmp_path, soi, recipe(precision="16"))
 
 
 def test_chips_and_scenes_are_learnt_from_too(tmp_path: Path) -> None:
@@ -299,7 +316,9 @@ def test_chips_and_scenes_are_learnt_from_too(tmp_path: Path) -> None:
         places = [(x, y), (x + 24, y), (x + 24, y + 12), (x, y + 12)]
         shapes.append(shapely.Polygon([NORTH_UP @ place for place in places]))
     write_raster(tmp_path / "scene", Raster(picture))
-    gpd.GeoDataFrame({"class": "plane"}, geometry=shapes, crs=UTM).to_file(tmp_path / "labels.gpkg")
+    gpd.GeoDataFrame({"class": ["plane"] * len(shapes)}, geometry=shapes, crs=UTM).to_file(
+        tmp_path / "labels.gpkg"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a split that stays empty is told
         cut_chips(

@@ -42,7 +42,7 @@ from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.datasets.seeding import generator, worker_init
 from babelrs_geo.datasets.soi import FOLDERS, Record, read_split
 from babelrs_geo.datasets.transforms import Augmentation
-from babelrs_geo.errors import LabelError
+from babelrs_geo.errors import BabelError, LabelError
 from babelrs_geo.models.detector import DetectorConfig, HorizontalTarget, OrientedTarget
 from babelrs_geo.training.recipe import DataPart, Phase, Recipe
 
@@ -141,12 +141,13 @@ def _scenes(path: Path, sensor: str, split: str, classes: Sequence[str]) -> Sour
         classes,
         GroundOptions(least=size),
     )
-    step = np.array(scenes.res)
-    grid = GridGeoSampler(scenes, tuple(size * step), tuple(stride * step))
+    windows = Queries(scenes, GridGeoSampler(scenes, size, stride))
+    if not len(windows):
+        raise LabelError(f"{path}: no window of {size} px lies in its scenes; give a smaller size")
     metres = [s.gsd for s in scenes.scenes]
     known = [m for m in metres if m is not None]
     gsd = (min(known), max(known)) if len(known) == len(metres) else None
-    return Source(Queries(scenes, grid), gsd, str(path))
+    return Source(windows, gsd, str(path))
 
 
 def _learnt(source: Source, part: DataPart) -> Source:
@@ -265,6 +266,10 @@ class Batches:
                         batch = next(batches)
                     except StopIteration:
                         break
+                    except BabelError as error:  # a worker's comes with its traceback
+                        raise type(error)(
+                            str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+                        ) from None
                     finally:
                         self.waited += time.perf_counter() - asked
                     yield batch

@@ -106,10 +106,12 @@ class DetectorTraining(LightningModule):
         total = torch.stack(list(losses.values())).sum()
         sensors = {s: sum_of(losses, s) for s in batch}
         if not torch.isfinite(total):
-            told = "; ".join(f"{s} {float(v.detach()):g} ({', '.join(batch[s]['names'])})" for s, v in sensors.items())
+            told = "; ".join(
+                f"{s} {float(v.detach()):g} ({', '.join(batch[s]['names'])})" for s, v in sensors.items()
+            )
             raise TrainingError(
-                f"step {step}: the loss is {float(total.detach()):g}, by sensor and files {told}; look at these files, or lower "
-                "the learning rate and go on from the last checkpoint"
+                f"step {step}: the loss is {float(total.detach()):g}, by sensor and files {told}; look at these "
+                "files, or lower the learning rate and go on from the last checkpoint"
             )
         self.tally.add(losses | {f"{s}_loss": v for s, v in sensors.items()} | {"loss": total, "lr": rate})
         if every and step % every == 0:

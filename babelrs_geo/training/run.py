@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from babelrs_geo.errors import OutputError, ParameterError, WeightsError
@@ -134,7 +134,7 @@ def fit(recipe: Recipe, data: Sequence[Path], place: Place) -> Trained:
     it cannot be written; LabelError, WeightsError, SceneError for what the run is made of; TrainingError where a loss
     is no number.
     """
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+    first = rank_zero_only.rank == 0
     state = _begin(recipe, place, first)
     world = place.devices * place.nodes
     if recipe.processes not in (None, world) and first:
@@ -215,6 +215,8 @@ def _trainer(recipe: Recipe, place: Place, keeper: Keeper, start: int) -> Traine
         raise ParameterError(f'device is "{device}"; expected auto, cpu or cuda')
     if device == "cuda" and torch.cuda.device_count() < place.devices:
         raise ParameterError(f"{place.devices} GPUs were asked for and there are {torch.cuda.device_count()}")
+    if device == "cpu" and recipe.precision == "16":
+        raise ParameterError("precision 16 needs a GPU; on a CPU take --set precision=bf16 or 32")
     loggers: list[Any] = [CsvLog(place.folder / "log.csv", start)]
     if recipe.run.tensorboard:
         loggers.append(
