@@ -64,6 +64,7 @@ def test_ranks_share_each_permutation(quota, seed, world):
 def _draws_of_a_rank(rank, store, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     results.put((rank, draws(QuotaSampler({"sar": 9, "rgb": 5}, {"sar": 2, "rgb": 1}, 3, 2, 6))))
+    torch.distributed.barrier()  # whoever leaves first would break the other's connection
     torch.distributed.destroy_process_group()
 
 
@@ -75,7 +76,7 @@ def test_ranks_are_those_of_torch_distributed(tmp_path):
     ]
     for process in ranks:
         process.start()
-    found = dict(results.get(timeout=60) for _ in ranks)
+    found = dict(results.get(timeout=180) for _ in ranks)
     for process in ranks:
         process.join()
     for rank in range(2):
