@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from babelrs_geo.boxes import from_corners, from_xyxy
 from babelrs_geo.errors import LabelError
 
-
 FOLDERS = {"sar": "SARDet_50K", "rgb": "DOTA_800pix", "ir": "DroneVehicle"}
 """The sensors' folders under a SOI-Det folder."""
 
