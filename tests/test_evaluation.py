@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import header
 from test_datasets import write_soi
+from test_qgis import environment
+from test_qgis import system_python as system_python
 from test_vectors import rotated
 from tiny_model import TINY
 
@@ -448,6 +451,59 @@ def test_the_verb_writes_a_styled_layer_of_errors(tmp_path):
     text = (tmp_path / "r/report.md").read_text()
     assert "| ship |  | 40 | 30 | 10 | 0 | 100.00 (88.6 to 100.0) |" in text
     assert not math.isnan(json.loads((tmp_path / "r/report.json").read_text())["by_class"]["ship"]["ap"])
+
+
+PROBE = """
+import json, sys
+from qgis.core import QgsApplication, QgsMapRendererParallelJob, QgsMapSettings, QgsVectorLayer
+from qgis.PyQt.QtCore import QSize
+
+app = QgsApplication([], False)
+app.initQgis()
+layer = QgsVectorLayer(sys.argv[1] + "|layername=matches", "matches", "ogr")
+renderer = layer.renderer()
+settings = QgsMapSettings()
+settings.setLayers([layer])
+settings.setOutputSize(QSize(600, 600))
+settings.setExtent(layer.extent())
+settings.setDestinationCrs(layer.crs())
+job = QgsMapRendererParallelJob(settings)
+job.start()
+job.waitForFinished()
+job.renderedImage().save(sys.argv[2])
+told = {
+    "attribute": renderer.classAttribute(),
+    "categories": [c.value() for c in renderer.categories()],
+    "labels": layer.labelsEnabled(),
+}
+labels = job.takeLabelingResults()
+told["texts"] = sorted(label.labelText for label in labels.labelsWithinRect(settings.visibleExtent()))
+print("TOLD" + json.dumps(told))
+sys.stdout.flush()
+del labels, job, layer
+app.exitQgis()
+"""
+
+
+@pytest.mark.qgis
+def test_qgis_tells_hits_from_errors(tmp_path, system_python):
+    rows = objects(8, 3)
+    result = save(tmp_path / "o.gpkg", Detections(rows[:2], [0.9, 0.8], [0, 1], NAMES, True), GEOREFS["utm"])
+    labels = labels_of(tmp_path / "l.gpkg", rows[[0, 2, 2]], ["ship", "ship", "car"], GEOREFS["utm"])
+    assert call("--detections", result, "--labels", labels, "--matches", "-o", tmp_path / "r").exit_code == 0
+    done = subprocess.run(
+        [system_python, "-c", PROBE, tmp_path / "r/matches.gpkg", tmp_path / "picture.png"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
+    answers = [line[4:] for line in done.stdout.splitlines() if line.startswith("TOLD")]
+    assert answers, done.stderr
+    told = json.loads(answers[0])
+    assert told["attribute"] == "outcome" and told["categories"] == ["hit", "missed", "false", "ignored"]
+    # two misses lie on one another, so one of their labels gives way
+    assert told["labels"] and {"ship 0.90", "car 0.80"} < set(told["texts"])
 
 
 # --- bad input ---
