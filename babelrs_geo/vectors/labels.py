@@ -226,9 +226,7 @@ def _vectors(text: str, class_column: str) -> gpd.GeoDataFrame:
     frame = frame[frame.geometry.notna() & ~frame.geometry.is_empty].reset_index(drop=True)
     wrong = sorted(set(frame.geometry.geom_type) - {"Polygon", "MultiPolygon"})
     if wrong:
-        raise LabelError(
-            f"{name} holds {', '.join(wrong)}; labels are polygons: buffer or remove the others"
-        )
+        raise LabelError(f"{name} holds {', '.join(wrong)}; labels are polygons: buffer or remove the others")
     if frame[class_column].isna().any():
         raise LabelError(
             f"{name} has objects without a class in column {class_column!r}; fill or remove them"
