@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import random
 import shutil
@@ -105,9 +106,13 @@ def test_a_run_stopped_at_a_step_goes_on_as_if_nothing_had_happened(
 
     def interrupt(done: int, total: int) -> None:
         if done == stop_at:
+            for (
+                worker
+            ) in multiprocessing.active_children():  # as a terminal does, which tells the whole group
+                os.kill(int(worker.pid or 0), signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    seen = recipe(run=run_part(tensorboard=True))
+    seen = recipe(run=run_part(tensorboard=True, workers=1))
     stopped = run(tmp_path, soi, seen, progress=interrupt)
     assert (stopped.step, stopped.stopped) == (stop_at, True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -115,7 +120,7 @@ def test_a_run_stopped_at_a_step_goes_on_as_if_nothing_had_happened(
         run(tmp_path, soi)
     with pytest.raises(ParameterError, match=r"differs from the recipe in clip; go on with its own"):
         run(tmp_path, soi, recipe(clip=1.0), resume=True)
-    done = run(tmp_path, soi, recipe(run=run_part(workers=1, tensorboard=True)), resume=True)
+    done = run(tmp_path, soi, recipe(run=run_part(tensorboard=True)), resume=True)
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2
     assert (done.step, done.stopped) == (STEPS, False)
     assert_same(whole, tmp_path)

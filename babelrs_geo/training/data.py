@@ -15,6 +15,7 @@ from the global step: whichever step a run goes on from, its batches are those i
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -248,6 +249,13 @@ def join(samples: Sequence[Learnt]) -> Batch:
     }
 
 
+def _begin_work(seed: int, worker: int) -> None:
+    """A worker outlives what tells the whole group of processes to stop: its parent has a step in hand to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    worker_init(seed)(worker)
+
+
 class Batches:
     """The batches from a global step to the run's end, phase after phase; `waited` adds up seconds of waiting."""
 
@@ -287,7 +295,7 @@ class Batches:
             batch_sampler=sampler,
             collate_fn=join,
             num_workers=workers,
-            worker_init_fn=worker_init(recipe.seed),
+            worker_init_fn=partial(_begin_work, recipe.seed),
             generator=generator(recipe.seed, start),
             prefetch_factor=4 if workers else None,
             pin_memory=self.data.pinned,

@@ -134,7 +134,7 @@ def fit(recipe: Recipe, data: Sequence[Path], place: Place) -> Trained:
     it cannot be written; LabelError, WeightsError, SceneError for what the run is made of; TrainingError where a loss
     is no number.
     """
-    first = rank_zero_only.rank == 0
+    first = getattr(rank_zero_only, "rank", 0) == 0
     state = _begin(recipe, place, first)
     world = place.devices * place.nodes
     if recipe.processes not in (None, world) and first:
