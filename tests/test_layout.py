@@ -29,6 +29,8 @@ HEAVY = {
     "xarray",
     "dask",
     "distributed",
+    "lightning",
+    "torchgeo",
 }
 
 
