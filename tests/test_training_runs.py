@@ -25,6 +25,7 @@ import yaml
 from conftest import NORTH_UP, UTM, Raster, write_raster
 from safetensors.torch import load_file
 from test_datasets import write_soi
+from tiny_model import TINY
 from tiny_recipe import tiny_recipe, write_recipe
 
 from babelrs_geo import open_scene
@@ -33,8 +34,9 @@ from babelrs_geo.datasets.published import Published
 from babelrs_geo.datasets.seeding import generator
 from babelrs_geo.errors import LabelError, ParameterError, SceneError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
+from babelrs_geo.training import step_schedule
 from babelrs_geo.training.data import Batches, Look, TrainingData
-from babelrs_geo.training.recipe import Recipe, from_plain
+from babelrs_geo.training.recipe import Recipe, from_plain, read, to_plain
 from babelrs_geo.training.run import Place, Trained, build, configuration, fit
 from babelrs_geo.vectors.labels import read_labels
 
@@ -194,10 +196,12 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import numpy as np
+from tiny_model import TINY
 from tiny_recipe import tiny_recipe
 from babelrs_geo.datasets.samplers import Mixture
 from babelrs_geo.training.module import DetectorTraining
-from babelrs_geo.training.recipe import Recipe, from_plain
+from babelrs_geo.training import step_schedule
+from babelrs_geo.training.recipe import Recipe, from_plain, read, to_plain
 from babelrs_geo.training.run import Place, fit
 
 folder, draws = Path(sys.argv[3]), []
@@ -366,6 +370,28 @@ def test_the_published_pipeline_runs_and_draws_again_where_nothing_is_left(soi: 
     nothing = Look(Published(size=96, smallest=1000), data.learn["rgb"].samples, 0)
     with pytest.raises(LabelError, match="show no object"):
         nothing(data.learn["rgb"].samples[0], generator(0))
+
+
+def test_soi_det_runs_on_a_smaller_network(soi: Path, tmp_path: Path) -> None:
+    plain = to_plain(read("soi-det"))
+    plain["model"] = tiny_recipe()["model"] | {"checkpoint_gradients": True}
+    plain["data"]["val"] = plain["data"]["train"]
+    (phase,) = plain["phases"]
+    phase["steps"] = 2
+    for view in phase["views"].values():
+        view["published"]["size"] = 64
+    plain["run"] |= {"workers": 0, "log_every": 1, "tensorboard": False}
+    how: Recipe = from_plain(Recipe, plain)
+    with pytest.warns(UserWarning, match="written for 8 processes"):
+        run(tmp_path, soi, how)
+    train = [row for row in rows(tmp_path) if row["loss"]]
+    rates = [float(row["lr"]) for row in train]
+    assert rates == pytest.approx([5e-5 * step_schedule(step) for step in range(2)], rel=1e-5)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    groups = state["optimizer_states"][0]["param_groups"]
+    lowest = min(group["base"] for group in groups)
+    assert lowest == pytest.approx(5e-5 * 0.95 ** (TINY.backbone.vit.depth + 1))
+    assert not [k for k in state["state_dict"] if k.startswith("mean.")]
 
 
 def test_a_detector_with_other_classes_is_a_start(whole: Path, soi: Path) -> None:
