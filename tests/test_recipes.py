@@ -103,6 +103,10 @@ def test_changes_reach_what_they_name() -> None:
             "phases.0.views.sar.published={}",
             "phases.0.views.sar has 2 kinds; give one of crop, affine, published",
         ),
+        (
+            "phases.0.views.sar.crop.size=320",
+            "phases.0.views have sizes 320, 384; the images of a batch have one",
+        ),
         ("data.sensors=[sar,lidar]", "data.sensors has lidar; expected some of sar, rgb, ir"),
         (
             "phases.0.quota.sar=0",

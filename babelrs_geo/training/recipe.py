@@ -179,6 +179,11 @@ class Recipe:
                     raise ParameterError(
                         f"{where}.views.{sensor} has {given} kinds; give one of crop, affine, published"
                     )
+            sizes = sorted({phase.views[sensor].chosen.size for sensor in self.data.sensors})
+            if len(sizes) > 1:
+                raise ParameterError(
+                    f"{where}.views have sizes {', '.join(map(str, sizes))}; the images of a batch have one"
+                )
 
     @property
     def steps(self) -> int:
