@@ -250,9 +250,9 @@ def join(samples: Sequence[Learnt]) -> Batch:
 
 
 def _begin_work(seed: int, worker: int) -> None:
-    """A worker outlives what tells the whole group of processes to stop: its parent has a step in hand to end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A worker outlives an interrupt from the terminal, which reaches all: its parent has a step in hand to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # not SIGTERM, by which the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker_init(seed)(worker)
 
 
