@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine, from_origin
+
+# A shell's background jobs are born deaf to Ctrl-C; tests of interrupts, and the programs they start, must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UTM = "EPSG:32611"
 NORTH_UP = from_origin(380_000.0, 3_735_000.0, 10.0, 10.0)
