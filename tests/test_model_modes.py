@@ -85,7 +85,9 @@ def test_checkpointing_changes_no_gradient(model: Detector, monkeypatch: pytest.
 def test_half_precision_trains_and_predicts(config: DetectorConfig, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = Detector(config).eval()
-    data = batch(model)
+    # Not 64 px, where the last level is convolved from one pixel: oneDNN's bf16 kernel then reads memory
+    # nobody wrote, and its weight gradient is whatever lay there.
+    data = batch(model, 128)
     plain, wanted = losses_and_gradients(model, data)
     with torch.autocast("cpu", dtype=dtype):
         losses, gradients = losses_and_gradients(model, data)
@@ -95,7 +97,8 @@ def test_half_precision_trains_and_predicts(config: DetectorConfig, dtype: torch
         # RoIs are another choice of proposals where scores are rounded; the others see the same targets.
         assert value.item() == pytest.approx(plain[name].item(), rel=0.05, abs=0.02), name
     assert gradients.keys() == wanted.keys()
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
+    broken = [n for n, g in gradients.items() if g.dtype != torch.float32 or not g.isfinite().all()]
+    assert not broken
     for boxes, scores, _ in found.values():
         assert boxes.dtype == scores.dtype == torch.float32
         assert len(boxes) and boxes.isfinite().all()
