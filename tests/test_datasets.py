@@ -83,9 +83,17 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 10_000), st.sampled_from(["sar", "rgb"]), st.sampled_from([0.0, 1.0]))
-def test_boxes_stay_on_their_pixels(tmp_path: Path, seed: int, sensor: str, border: float) -> None:
-    """Whatever crop is drawn, and wherever the scene ends, the box's inside is bright, its surroundings dark."""
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(["sar", "rgb"]),
+    st.sampled_from([0.0, 1.0]),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_boxes_stay_on_their_pixels(
+    tmp_path: Path, seed: int, sensor: str, border: float, seam: float
+) -> None:
+    """Whatever crop is drawn, wherever the scene ends or another begins, the box's inside is bright, its
+    surroundings dark."""
     path = tmp_path / "frame.png"
     if not path.exists():
         frame = np.full((200, 260), 40, np.uint8)
@@ -94,8 +102,10 @@ def test_boxes_stay_on_their_pixels(tmp_path: Path, seed: int, sensor: str, bord
     box = np.array([[130.0, 100.0, 80.0, 40.0, 0.0]])
     record = Record(sensor, path, box, np.array([0]))
     options = Augment(size=128, scale=(0.6, 1.2), turn=sensor == "rgb", gamma=0, contrast=0, visible=0.99)
-    options = replace(options, border=border)
-    crop, boxes, labels = augment(load_image(record), record, options, np.random.default_rng(seed))
+    options = replace(options, border=border, seam=seam)
+    image = load_image(record)
+    bare = torch.full_like(image, 40 / 255), replace(record, boxes=box[:0], labels=np.zeros(0, np.int64))
+    crop, boxes, labels = augment(image, record, options, np.random.default_rng(seed), lambda _: bare)
     assert crop.shape == (3, 128, 128)
     assert len(boxes) == len(labels)
     for quad in corners(boxes):
@@ -119,6 +129,24 @@ def test_a_crop_at_a_border_is_the_crop_with_a_part_blank(tmp_path: Path) -> Non
         assert torch.equal(ended[~blank], whole[~blank])
         shares.append(float(blank.float().mean()))
     assert max(shares) > 0.5 and len(set(shares)) > 10
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_beyond_a_seam_is_another_image(seed: int) -> None:
+    """One straight edge from side to side; what shows on either side is labelled as that image's."""
+    box = np.array([[100.0, 100.0, 60.0, 30.0, 0.0]])
+    dark = (torch.full((3, 200, 200), 0.2), Record("ir", Path("a"), box, np.array([0])))
+    light = (torch.full((3, 200, 200), 0.8), Record("ir", Path("b"), box, np.array([1])))
+    options = Augment(size=64, scale=(0.8, 1.2), turn=False, gamma=0, contrast=0, seam=1.0)
+    crop, boxes, labels = augment(*dark, options, np.random.default_rng(seed), lambda _: light)
+    is_light = crop[0] > 0.5
+    rows, columns = is_light.all(1), is_light.all(0)
+    lines = rows if rows.any() else columns
+    assert int(lines.sum() * 64) == int(is_light.sum()) and 8 <= int(lines.sum()) <= 56
+    assert int((lines[1:] != lines[:-1]).sum()) == 1
+    for (x, y), label in zip(boxes[:, :2], labels, strict=True):
+        assert is_light[int(y), int(x)] == bool(label)
 
 
 def test_a_crop_is_a_function_of_its_seed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,10 @@ class Augment:
     """Share of crops that end at a scene's border: beyond a random line, which cuts no box, all is zero, as for
     invalid pixels.
     """
+    seam: float = 0.0
+    """Share of crops in which another image begins at a random row or column: what lies beside an object then says
+    nothing of it, as where frames lie beside each other in a mosaic or a tile's edge cuts a scene elsewhere.
+    """
 
 
 def load_image(record: Record) -> Tensor:
@@ -47,12 +52,66 @@ def load_image(record: Record) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
 
 
+View = tuple[Tensor, NDArray[np.float64], NDArray[np.int64]]
+"""An image (3, size, size) with boxes (n, 5) cxcywhr and labels (n,)."""
+Part = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels."""
+
+
 def augment(
-    image: Tensor, record: Record, options: Augment, rng: np.random.Generator
-) -> tuple[Tensor, NDArray[np.float64], NDArray[np.int64]]:
+    image: Tensor,
+    record: Record,
+    options: Augment,
+    rng: np.random.Generator,
+    other: Callable[[np.random.Generator], tuple[Tensor, Record]] | None = None,
+) -> View:
     """A random crop (3, size, size) with its boxes (n, 5) cxcywhr and labels (n,).
 
-    The crop is centred near a random object three times in four, so that rare objects are seen.
+    `other` draws the image beyond a seam; without it there are none.
+    """
+    crop, boxes, labels = _view(image, record, options, rng)
+    part: Part = (0, 0, options.size, options.size)
+    beyond: Part | None = None
+    if other is not None and options.seam and rng.random() < options.seam:
+        part, beyond = _halves(options.size, rng)
+    seen, shown = _seen(boxes, part, options)
+    if options.border and rng.random() < options.border:
+        shown &= _end_at_border(crop, corners(boxes), shown, rng)
+    seen, labels = seen[shown], labels[shown]
+    if other is not None and beyond is not None:
+        pixels, boxes, more = _view(*other(rng), options, rng)
+        left, top, right, bottom = beyond
+        crop[:, top:bottom, left:right] = pixels[:, top:bottom, left:right]
+        clipped, shown = _seen(boxes, beyond, options)
+        seen, labels = np.concatenate([seen, clipped[shown]]), np.concatenate([labels, more[shown]])
+    return crop, seen, labels
+
+
+def _halves(size: int, rng: np.random.Generator) -> tuple[Part, Part]:
+    """A square in two at a random row or column, in random order."""
+    line = int(rng.integers(size // 8, size - size // 8))
+    halves: tuple[Part, Part] = ((0, 0, line, size), (line, 0, size, size))
+    if rng.random() < 0.5:
+        halves = ((0, 0, size, line), (0, line, size, size))
+    return halves if rng.random() < 0.5 else halves[::-1]
+
+
+def _seen(
+    boxes: NDArray[np.float64], part: Part, options: Augment
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Boxes clipped to a part of the crop, and which of them show enough."""
+    seen = clip(boxes, part)
+    keep = (areas(seen) >= options.visible * areas(boxes)) & (
+        seen[:, 2:4].max(1, initial=0) >= options.smallest
+    )
+    keep &= seen[:, 2:4].min(1, initial=np.inf) >= 1
+    return seen, keep
+
+
+def _view(image: Tensor, record: Record, options: Augment, rng: np.random.Generator) -> View:
+    """A crop with all boxes of the image, those beyond its edges too.
+
+    It is centred near a random object three times in four, so that rare objects are seen.
     """
     height, width = image.shape[1:]
     size = options.size
@@ -82,15 +141,7 @@ def augment(
     if record.sensor == "sar":
         low, high = quads.min(1), quads.max(1)
         boxes = np.column_stack([(low + high) / 2, high - low, np.zeros(len(quads))])
-    seen = clip(boxes, (0.0, 0.0, float(size), float(size)))
-    keep = (areas(seen) >= options.visible * areas(boxes)) & (
-        seen[:, 2:4].max(1, initial=0) >= options.smallest
-    )
-    keep &= seen[:, 2:4].min(1, initial=np.inf) >= 1
-    crop = _tone(crop, options, rng)
-    if options.border and rng.random() < options.border:
-        keep &= _end_at_border(crop, corners(boxes), keep, rng)
-    return crop, seen[keep], record.labels[keep]
+    return _tone(crop, options, rng), boxes, record.labels
 
 
 def _sample(image: Tensor, inverse: NDArray[np.float64], centre: NDArray[np.float64], size: int) -> Tensor:

@@ -208,8 +208,7 @@ class Look:
             return {"image": seen["image"], "target": target, "sensor": sensor, "name": name}
         rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=source)))
         if isinstance(self.kind, Augment):
-            record = Record(sensor, Path(name), boxes, sample["labels"].numpy())
-            image, seen_boxes, labels = augment(sample["image"], record, self.kind, rng)
+            image, seen_boxes, labels = augment(*_record(sample), self.kind, rng, self._another)
             size = (image.shape[1], image.shape[2])
             target = to_target(sensor, seen_boxes, torch.from_numpy(labels) + self.first, size)
             return {"image": image, "target": target, "sensor": sensor, "name": name}
@@ -225,6 +224,16 @@ class Look:
         raise LabelError(
             f"{_DRAWS} images of {sensor}, {name} the last, show no object; learn from images that have some"
         )
+
+    def _another(self, rng: np.random.Generator) -> tuple[Tensor, Record]:
+        """Any image of the sensor, for what lies beyond a seam."""
+        return _record(self.samples[int(rng.integers(len(self.samples)))])
+
+
+def _record(sample: Sample) -> tuple[Tensor, Record]:
+    """A sample as the crops take it."""
+    boxes = np.asarray(sample["boxes"], np.float64)
+    return sample["image"], Record(sample["sensor"], Path(sample["name"]), boxes, sample["labels"].numpy())
 
 
 def to_target(sensor: str, boxes: np.ndarray[Any, Any], labels: Tensor, size: tuple[int, int]) -> Target:
