@@ -43,7 +43,9 @@ def export(folder: str | os.PathLike[str], kind: str) -> list[Path]:
     for (sensor, split), rows in index.groupby(["sensor", "split"], sort=True):
         chips = [(row, found.get(row.chip, labels[:0])) for row in rows.itertuples()]
         for row, _ in chips:
-            _picture(root, root / "png" / sensor / split / f"{row.chip}.png", row)
+            path = root / "png" / sensor / split / f"{row.chip}.png"
+            if not path.exists():
+                write_picture(root, path, row)
         if kind == "coco":
             path = root / f"coco_{sensor}_{split}.json"
             write_text(path, json.dumps(_coco(chips, classes, f"png/{sensor}/{split}")))
@@ -57,10 +59,12 @@ def export(folder: str | os.PathLike[str], kind: str) -> list[Path]:
     return written
 
 
-def _picture(root: Path, path: Path, row: Any) -> None:
-    """A chip as the model sees it, in 8 bits."""
-    if path.exists():
-        return
+def write_picture(root: Path, path: Path, row: Any) -> None:
+    """A chip as the model sees it, in 8 bits: a PNG at `path` of the chip that is `row` of the index of `root`.
+
+    It is the model's input times 255, rounded, by the radiometry that the index holds. Raises SceneError where the
+    chip is missing or damaged, OutputError where the picture cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_chip(root, row.path, row.radiometry) as chip:
         image = np.rint(chip.read((0, 0, chip.width, chip.height)).image * 255.0).astype(np.uint8)

@@ -10,48 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from babelrs_geo.cli.options import Command, Gsd, Listed, apply, split
+from babelrs_geo.cli.options import Command, Gsd, Listed, Named, Splits, apply, split
 from babelrs_geo.cli.progress import duration, progress_bar
 
 if TYPE_CHECKING:
     from babelrs_geo.evaluation import Report
     from babelrs_geo.evaluation.writing import Extras
-
-SENSORS = ("sar", "ir", "rgb")
-
-
-class Named(click.ParamType):
-    """A name in place of another."""
-
-    name = "FROM=TO"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
-        """Both names."""
-        if isinstance(value, tuple):
-            return value
-        first, equals, second = str(value).partition("=")
-        if not (first and equals and second):
-            self.fail(f'"{value}" renames nothing; expected FROM=TO such as Ship=ship', param, ctx)
-        return first, second
-
-
-class Splits(click.ParamType):
-    """The name of a split, or one for each sensor."""
-
-    name = "NAME|sar=NAME,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | dict[str, str]:
-        """The name, or names by sensor."""
-        if isinstance(value, dict) or "=" not in str(value):
-            return value if isinstance(value, dict) else str(value)
-        pairs = [part.partition("=") for part in str(value).split(",")]
-        if any(sensor not in SENSORS or not name for sensor, _, name in pairs):
-            self.fail(f'"{value}" is no split; expected a name, or sar=test,rgb=val,ir=test', param, ctx)
-        return {sensor: name for sensor, _, name in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)

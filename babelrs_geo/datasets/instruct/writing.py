@@ -1,0 +1,224 @@
+"""From labelled images to a corpus on the disk: a JSONL file, the meta JSON that names it, and pictures of chips.
+
+The records of an image follow from the seed, the image's name and labels, and its source's concepts: not from other
+images, their order, or which other tasks are asked for. Images come in an order drawn by the seed, so that the first
+part of the file is as mixed as all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from babelrs_geo.datasets.instruct.corpus import IMAGE
+from babelrs_geo.datasets.instruct.labelled import LabelledImage, Picture, chips, frames, is_chips, sensors
+from babelrs_geo.datasets.instruct.questions import OF_INCOMPLETE, TASKS
+from babelrs_geo.errors import LabelError, OutputError, ParameterError
+
+_ROUNDS = 8  # times that each task is asked of an image at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructOptions:
+    """What is asked. Raises ParameterError where a value is out of range."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Names of `TASKS`."""
+    per_image: int = 4
+    """Records of an image at most; one without objects may have fewer."""
+    seed: int = 0
+    most_boxes: int = 20
+    """Boxes of an answer. Where there are more objects, the question is about that many largest."""
+    split: str | Mapping[str, str] = "train"
+    """For all sensors, or by sensor."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Classes by the concept to call them, in place of what the table of concepts says."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        unknown = set(self.tasks) - set(TASKS)
+        if unknown or not self.tasks:
+            told = ", ".join(sorted(unknown)) or "nothing"
+            raise ParameterError(f"tasks has {told}; expected some of {', '.join(TASKS)}")
+        for name in ("per_image", "most_boxes"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} is {getattr(self, name)}; expected 1 or more")
+
+    def split_of(self, sensor: str) -> str:
+        """The split of one sensor. ParameterError where none is given."""
+        if isinstance(self.split, str):
+            return self.split
+        if sensor not in self.split:
+            raise ParameterError(
+                f"no split is given for {sensor}, only for {', '.join(self.split)}; name one"
+            )
+        return self.split[sensor]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a corpus came to."""
+
+    meta: Path
+    records: Counter[tuple[str, str]]
+    """By sensor and task."""
+    images: Counter[str]
+    """By sensor."""
+    incomplete: int
+    """Images with objects that are cut off and not labelled: fewer tasks are asked of them."""
+
+
+Progress = Callable[[int, int], None]
+Record = dict[str, Any]
+
+
+def ask(image: LabelledImage, root: Path, options: InstructOptions) -> list[Record]:
+    """The records of one image, whose path is written as below `root`."""
+    key = f"{options.seed}/{image.source.sensor}/{image.name}"
+    tasks = [t for t in TASKS if t in options.tasks and (image.complete or t in OF_INCOMPLETE)]
+    Random(key).shuffle(tasks)
+    where = image.path.relative_to(root).as_posix()
+    records: list[Record] = []
+    told: set[tuple[str, str]] = set()
+    for turn, task in ((k, t) for k in range(_ROUNDS) for t in tasks):
+        if len(records) == options.per_image:
+            break
+        asked = TASKS[task](image, Random(f"{key}/{task}/{turn}"), options.most_boxes)
+        if asked is None or (task, asked.subject) in told:
+            continue
+        told.add((task, asked.subject))
+        turns = [
+            {"from": "human", "value": f"{IMAGE}\n{asked.question}"},
+            {"from": "gpt", "value": asked.answer},
+        ]
+        records.append({"image": where, "conversations": turns, "task": task, "sensor": image.source.sensor})
+    return records
+
+
+def find(
+    data: Sequence[Path], pictures: Path, options: InstructOptions
+) -> tuple[list[LabelledImage], list[Picture], Path]:
+    """All images of folders in SOI-Det's layout and of chips; pictures of chips to write below `pictures`; and the
+    folder below which all of them lie.
+
+    Raises LabelError and SceneError as the readers of `labelled` do, ParameterError where two folders of chips are
+    called alike or one is given twice.
+    """
+    folders = [Path(path).resolve() for path in data]
+    if len(set(folders)) < len(folders):
+        raise ParameterError("a folder of data is given twice; give each once")
+    cut = [folder for folder in folders if is_chips(folder)]
+    if len({folder.name for folder in cut}) < len(cut):
+        raise ParameterError("two folders of chips have one name, under which pictures are kept; rename one")
+    images: list[LabelledImage] = []
+    todo: list[Picture] = []
+    for folder in folders:
+        for sensor in sensors(folder):
+            split = options.split_of(sensor)
+            if folder in cut:
+                own, drawn = chips(folder, sensor, split, pictures / folder.name, options.renamed)
+                todo += drawn
+            else:
+                own = frames(folder, sensor, split, options.renamed)
+            images += own
+    unknown = set(options.renamed) - {name for image in images for name in image.source.classes}
+    if unknown:
+        raise LabelError(f"no labels have class {', '.join(sorted(unknown))}, which was to be renamed")
+    tops = [pictures / folder.name if folder in cut else folder for folder in folders]
+    return images, todo, Path(os.path.commonpath(tops))
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where `write_corpus` could not, or should not, write. Ask before the work."""
+    if output.suffix != ".jsonl":
+        raise OutputError(f"{output} does not end in .jsonl; name a file such as corpus.jsonl")
+    for path in (output, meta_path(output)):
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise OutputError(f"{path} exists; pass --overwrite to replace it, or another file with -o")
+    parent = output.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output} cannot be written: {parent} is missing or not writable; choose another")
+
+
+def meta_path(output: Path) -> Path:
+    """Where the meta JSON of a JSONL file goes: `corpus.meta.json` beside `corpus.jsonl`."""
+    return output.with_suffix(".meta.json")
+
+
+def write_corpus(
+    data: Sequence[Path],
+    output: Path,
+    options: InstructOptions | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Ask about all images of some labelled data, and write what was asked and answered.
+
+    `output` is the JSONL file; beside it go its meta JSON, last, and for chips a folder of pictures,
+    `<stem>_images/`. Files are whole or absent. Raises as `find` does, and OutputError where the disk refuses.
+    """
+    options = options or InstructOptions()
+    output = Path(output).resolve()
+    images, todo, root = find(data, output.with_name(f"{output.stem}_images"), options)
+    images.sort(key=lambda image: _order(image, options.seed))
+    total = len(todo) + len(images)
+    done = 0
+    for picture in todo:
+        from babelrs_geo.chips.export import write_picture
+
+        write_picture(picture.folder, picture.path, picture.row)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def lines() -> Iterator[str]:
+        for number, image in enumerate(images, done + 1):
+            for record in ask(image, root, options):
+                counts[record["sensor"], record["task"]] += 1
+                yield json.dumps(record, ensure_ascii=False) + "\n"
+            if progress is not None:
+                progress(number, total)
+
+    _write(output, lines())
+    own = root.is_relative_to(output.parent)  # then the corpus and its images may be moved together
+    entry = {
+        "root": root.relative_to(output.parent).as_posix() if own else str(root),
+        "annotation": output.name,
+        "data_augment": False,
+        "repeat_time": 1,
+        "length": counts.total(),
+    }
+    meta = meta_path(output)
+    _write(meta, [json.dumps({output.stem: entry}, indent=2, ensure_ascii=False) + "\n"])
+    return Written(
+        meta,
+        counts,
+        Counter(image.source.sensor for image in images),
+        sum(not image.complete for image in images),
+    )
+
+
+def _order(image: LabelledImage, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{image.source.sensor}/{image.name}".encode()).digest()
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """A text file, whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+        draft.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}); check the disk's space and permissions"
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
