@@ -1,167 +1,166 @@
-"""Turn a training run into the bundled weights: measure on val, choose thresholds, write weights and model
-card.
+"""Turn a run of `babelrs-geo train` into weights that ship: measure on val, choose thresholds, write weights and
+model card.
 
     python pipelines/release_compact.py ../shared/data/soi_mini runs/compact babelrs_geo/models/weights
 
-Everything the header and the card say of the weights is measured or read here.
+Everything the header and the card say of the weights is measured here, or was kept by the run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from babelrs_geo.datasets.soi import fingerprint, read_split
-from babelrs_geo.evaluation import Evaluation, evaluate, without_transformer
-from babelrs_geo.metrics import h_mean
+from babelrs_geo.evaluation import without_transformer
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.checkpoints import Header
-from babelrs_geo.models.detector import COMPACT, Detector
-
-MEAN_CLASSES = {**COMPACT.classes, "ir": ("person", "car", "bicycle")}
-"""Classes in each sensor's mean; infrared's "other-vehicle" has 12 objects in val and is left out."""
-
-GSD = {"sar": (1.0, 15.0), "rgb": (0.08, 2.0), "ir": (0.05, 0.3)}
-"""Metres a pixel that the sources cover, as they state them; infrared from its flight heights, 60 to 130
-m.
-"""
-
-RADIOMETRY = {
-    "sar": "8-bit amplitude / 255; other SAR as amplitude from 0 to a scene-wide percentile",
-    "ir": "8-bit brightness (hot is bright) / 255; other infrared between scene-wide percentiles",
-    "rgb": "8-bit red, green, blue / 255",
-}
-
-LICENCE = (
-    "Research and non-commercial use. Trained on SSDD (no licence stated; research use) and NWPU VHR-10 (research "
-    "use) besides HIT-UAV (CC BY 4.0); the start of the convolutional prior is EfficientNet-Lite0 (Apache-2.0). The "
-    "code's Apache-2.0 licence does not cover these weights."
-)
-
-LEAST_SCORE = 0.1
-"""Floor of the score thresholds: below it a class with few objects would let anything through."""
+from babelrs_geo.models.detector import Detector
+from babelrs_geo.training.data import sources
+from babelrs_geo.training.recipe import Recipe, from_plain
+from babelrs_geo.training.validation import LEAST_SCORE, Verdict, judge
 
 CARD = Path(__file__).with_name("model_card.md")
 """The card's text, with places for figures."""
 
-
-def measure(model: Detector, data: Path) -> tuple[dict[str, Evaluation], dict[str, Any]]:
-    """Evaluations of the three val splits and their report, with and without the vision transformer."""
-    evaluations: dict[str, Evaluation] = {}
-    report: dict[str, Any] = {}
-    silent: dict[str, Any] = {}
-    for sensor, classes in COMPACT.classes.items():
-        records = read_split(data, sensor, "val", classes)
-        evaluations[sensor] = evaluate(model, records)
-        report[sensor] = evaluations[sensor].report(MEAN_CLASSES[sensor])
-        with without_transformer(model):
-            silent[sensor] = evaluate(model, records).report(MEAN_CLASSES[sensor], replicates=1)
-        print(sensor, json.dumps(report[sensor]), "without transformer", silent[sensor]["map"], flush=True)
-    means = {
-        "h_map": h_mean(*(report[s]["map"] for s in ("sar", "rgb", "ir"))),
-        "h_map_without_transformer": h_mean(*(silent[s]["map"] for s in ("sar", "rgb", "ir"))),
-    }
-    return evaluations, report | means
+WORDS = {"sar": "SAR", "ir": "infrared", "rgb": "RGB"}
 
 
-def phases(config: str) -> str:
+def measure(model: Detector, header: Header, recipe: Recipe, data: Path) -> Header:
+    """The header with figures and thresholds measured on the val splits of `data`, as babelrs-geo train does."""
+    part = recipe.data
+    judged = sources([data], part.val, header.config.classes, part, learn=False)
+    step = int(header.training["steps"])
+    found = _verdict(judge(model, judged, recipe, step))
+    with without_transformer(model):
+        silent = _verdict(judge(model, judged, recipe, step))
+    metrics = {**found.reports, "h_map": found.h_map, "h_map_without_transformer": silent.h_map}
+    return replace(header, thresholds=found.thresholds, metrics=metrics)
+
+
+def _verdict(found: Verdict | None) -> Verdict:
+    assert found is not None  # the first process has one, and there is no other
+    return found
+
+
+def phases(recipe: Recipe) -> str:
     """The phases of a run in words."""
     parts, before = [], 0
-    for phase in yaml.safe_load(config)["phases"]:
-        size = phase["augment"]["sar"]["size"]
-        quota = ", ".join(f"{n} {sensor}" for sensor, n in phase["quota"].items())
-        parts.append(f"{phase['steps'] - before} steps of {size} px crops ({quota} a step)")
-        before = phase["steps"]
+    for phase in recipe.phases:
+        size = phase.views[recipe.data.sensors[0]].chosen.size
+        quota = ", ".join(f"{n} {sensor}" for sensor, n in recipe.quota(phase).items())
+        parts.append(f"{phase.steps - before} steps of {size} px crops ({quota} a step)")
+        before = phase.steps
     return ", then ".join(parts)
 
 
-def card(header: Header, parameters: int) -> str:
-    """The model card: the text beside this script with the header's figures filled in."""
-    rows = []
-    for sensor in ("sar", "ir", "rgb"):
+def start(training: Mapping[str, Any]) -> str:
+    """What the weights began with, and what those began with, in words."""
+    before = training.get("before")
+    if before is None:
+        given = str(training["start"])
+        return {"imagenet": "ImageNet's EfficientNet-Lite0 in the prior, the rest at random"}.get(
+            given, given
+        )
+    same = before.get("data_sha256") == training["data_sha256"]
+    made = [f"{before['steps']} steps"] if "steps" in before else []
+    made += [f"{before['minutes']:.0f} minutes"] if "minutes" in before else []
+    made += ["the same images"] if same else []
+    came = f", which came of {', '.join(made)}, from {start(before)}" if "start" in before else ""
+    return f"the weights {before['name']} (SHA-256 `{before['sha256']}`){came}"
+
+
+def minutes(training: Mapping[str, Any]) -> float:
+    """Of a run and all before it."""
+    before = training.get("before")
+    return float(training.get("minutes", 0.0)) + (0.0 if before is None else minutes(before))
+
+
+def means(header: Header) -> str:
+    """Which means leave out classes, in words."""
+    parts = []
+    for sensor, names in header.classes.items():
+        judged = header.metrics[sensor]["classes_in_mean"]
+        if set(judged) != set(names):
+            parts.append(f"The {WORDS[sensor]} mean is that of {', '.join(judged)}. ")
+    return "".join(parts)
+
+
+def tables(header: Header) -> dict[str, str]:
+    """Rows of the card's two tables."""
+    rows, classes = [], []
+    for sensor in header.classes:
         own = header.metrics[sensor]
         rows.append(
             "| {} | {} | {:.3f} ({:.3f} to {:.3f}) | {:.3f} ({:.3f} to {:.3f}) |".format(
                 sensor, own["images"], own["ap50"], *own["ap50_interval"], own["map"], *own["map_interval"]
             )
         )
-    classes = [
-        f"| {sensor} | {name} | {own['objects']} | {own['ap50']:.3f} ({own['interval'][0]:.3f} to "
-        f"{own['interval'][1]:.3f}) | {header.thresholds[sensor][name]:.2f} |"
-        for sensor in ("sar", "ir", "rgb")
-        for name, own in header.metrics[sensor]["by_class"].items()
-    ]
+        classes += [
+            f"| {sensor} | {name} | {each['objects']} | {each['ap50']:.3f} ({each['interval'][0]:.3f} to "
+            f"{each['interval'][1]:.3f}) | {header.thresholds[sensor][name]:.2f} |"
+            for name, each in own["by_class"].items()
+        ]
+    return {"table": "\n".join(rows), "classes": "\n".join(classes)}
+
+
+def card(header: Header, recipe: Recipe, parameters: int) -> str:
+    """The model card: the text beside this script with the header's figures filled in."""
+    training = header.training
+    by_machine = training.get("minutes_by_machine", {})
     values = {
         "name": header.name,
         "parameters": f"{parameters / 1e6:.1f}",
-        "table": "\n".join(rows),
-        "classes": "\n".join(classes),
+        **tables(header),
+        "means": means(header),
         "h_map": f"{header.metrics['h_map']:.3f}",
         "h_map_silent": f"{header.metrics['h_map_without_transformer']:.3f}",
         "licence": header.licence,
-        "phases": phases(header.training["config"]),
-        "start": header.training["start"],
+        "phases": phases(recipe),
+        "start": start(training),
         "floor": f"{LEAST_SCORE:g}",
-        "minutes": f"{header.training['minutes']:.0f}",
-        "hash": header.training["data_sha256"],
-        "images": ", ".join(f"{n} {s}" for s, n in header.training["images"].items()),
+        "machines": ", ".join(f"{spent:.0f} minutes on {name}" for name, spent in by_machine.items()),
+        "precision": recipe.precision,
+        "minutes": f"{minutes(training):.0f}",
+        "hash": training["data_sha256"],
+        "images": ", ".join(f"{n} {sensor}" for sensor, n in training["images"].items()),
+        "sources": str(training["data"]),
+        "gsd": ", ".join(f"{WORDS[s]} {low:g} to {high:g} m" for s, (low, high) in header.gsd.items()),
     }
-    text = CARD.read_text()
+    text = CARD.read_text(encoding="utf-8")
     for key, value in values.items():
         text = text.replace("{{" + key + "}}", value)
     return text
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, measure, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="folder in SOI-Det's layout")
-    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("data", type=Path, help="folder in SOI-Det's layout, or of chips")
+    parser.add_argument("run", type=Path, help="folder of babelrs-geo train")
     parser.add_argument("out", type=Path, help="folder for NAME.safetensors and NAME.md")
     parser.add_argument("--name", default="compact")
-    args = parser.parse_args()
-    config = (CARD.parent / "train_compact.yaml").read_text()
-    state = torch.load(args.run / "last.pt", weights_only=True, map_location="cpu")
-    model = Detector(COMPACT)
-    # Measured as stored: in half precision.
-    model.load_state_dict({k: v.half().float() for k, v in state["mean"].items()})
-    model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    evaluations, report = measure(model, args.data)
-    train = {s: read_split(args.data, s, "train", c) for s, c in COMPACT.classes.items()}
-    header = Header(
-        name=args.name,
-        classes=dict(COMPACT.classes),
-        box_kind={"sar": "horizontal", "rgb": "oriented", "ir": "oriented"},
-        gsd=GSD,
-        thresholds={
-            s: {k: round(max(v, LEAST_SCORE), 3) for k, v in e.thresholds().items()}
-            for s, e in evaluations.items()
-        },
-        radiometry=RADIOMETRY,
-        architecture=COMPACT.to_dict(),
-        licence=LICENCE,
-        training={
-            "data": "SSDD (sar), NWPU VHR-10 (rgb), HIT-UAV (ir)",
-            "images": {s: len(r) for s, r in train.items()},
-            "data_sha256": fingerprint([r for records in train.values() for r in records]),
-            "start": "ImageNet EfficientNet-Lite0 prior; the rest at random",
-            "config": config,
-            "steps": int(state["step"]),
-            "minutes": state["seconds"] / 60,
-        },
-        metrics=report,
-    )
+    parser.add_argument("--weights", default="best", choices=["best", "final"], help="which of the run's")
+    args = parser.parse_args(arguments)
+    model, header = checkpoints.load(args.run / f"{args.weights}.safetensors")
+    recipe: Recipe = from_plain(Recipe, yaml.safe_load(header.training["config"]))
+    released = replace(measure(model, header, recipe, args.data), name=args.name)
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoints.save(args.out / f"{args.name}.safetensors", model, header)
+    checkpoints.save(args.out / f"{args.name}.safetensors", model, released)
     parameters = sum(p.numel() for p in model.parameters())
-    (args.out / f"{args.name}.md").write_text(card(header, parameters))
+    (args.out / f"{args.name}.md").write_text(card(released, recipe, parameters), encoding="utf-8")
+    figures = {
+        s: (round(own["map"], 3), round(own["ap50"], 3)) for s, own in released.metrics.items() if s in WORDS
+    }
+    print(
+        f"{args.out / args.name}.safetensors: mAP and AP50 {figures}, H-mAP {released.metrics['h_map']:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,61 +1,165 @@
-"""Train the bundled weights: python pipelines/train_compact.py ../shared/data/soi_mini runs/compact
+"""Train the bundled weights on a machine that takes little at a time and gives it back soon, such as a lent GPU.
 
-Goes on from runs/compact/last.pt where it exists; `--start FILE.safetensors` begins from existing weights
-instead of ImageNet's. What came of it is written by pipelines/release_compact.py.
+    python pipelines/train_compact.py pack ../shared/data/soi_mini .parts
+    python pipelines/train_compact.py train .parts runs/gpu --device cuda --minutes 9
+    python pipelines/train_compact.py join runs/gpu/pieces runs/here
+
+`pack` puts a folder in SOI-Det's layout into archives under a limit, which may be carried one by one. `train` unpacks
+them, trains as `babelrs-geo train` does for so many minutes, and leaves what it has in pieces of 15 MiB as well, in
+`pieces`. The same command goes on from the run's last checkpoint; `--pieces FOLDER` from one that was carried. `join`
+makes whole files of pieces. Where a machine is at hand for as long as it takes, `babelrs-geo train` is all that is
+needed; what came of it is written by pipelines/release_compact.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-import yaml
+from babelrs_geo.datasets.soi import FOLDERS
+from babelrs_geo.errors import BabelError, OutputError, ParameterError
+from babelrs_geo.training.recipe import read
+from babelrs_geo.training.run import BEST, FINAL, LAST, RECIPE, Place, Trained, fit
 
-from babelrs_geo.datasets.augment import Augment
-from babelrs_geo.datasets.soi import read_split
-from babelrs_geo.models.detector import COMPACT, Detector
-from babelrs_geo.models.imagenet import load_efficientnet_lite0
-from babelrs_geo.training import TrainOptions, freeze_prior, train
-
-
-def phases(path: Path) -> list[TrainOptions]:
-    """Training options of a YAML file, one a phase."""
-    document = yaml.safe_load(path.read_text())
-    found = []
-    for phase in document["phases"]:
-        for sensor, own in phase["augment"].items():
-            phase["augment"][sensor] = Augment(**own | {"scale": tuple(own["scale"])})
-        found.append(TrainOptions(**document["common"] | phase))
-    return found
+MIB = 1 << 20
+PIECE = 15 * MIB
+"""Of a file that is to come back where 16 MiB a file are let through."""
+KEPT = (RECIPE, "log.csv", BEST, FINAL, LAST)
+"""What a run is gone on from."""
 
 
-def main() -> None:
-    """Read the arguments, then train."""
+def pack(data: Path, parts: Path, limit: int) -> list[Path]:
+    """Archives `part0.zip`, ... of fewer than `limit` bytes each with all files under SOI-Det's folders of `data`.
+
+    Raises ParameterError where there is nothing or a file exceeds the limit, OutputError where `parts` is not empty.
+    """
+    files = [p for folder in FOLDERS.values() for p in sorted((data / folder).rglob("*")) if p.is_file()]
+    if not files:
+        raise ParameterError(f"{data} has none of {', '.join(FOLDERS.values())}; give SOI-Det's layout")
+    if parts.is_dir() and any(parts.iterdir()):
+        raise OutputError(f"{parts} is not empty; name a new folder")
+    parts.mkdir(parents=True, exist_ok=True)
+    made = []
+    for number, group in enumerate(_groups(data, files, limit)):
+        path = parts / f"part{number}.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for file in group:
+                archive.write(file, str(file.relative_to(data)))
+        made.append(path)
+    return made
+
+
+def _groups(data: Path, files: Sequence[Path], limit: int) -> Iterator[list[Path]]:
+    """Files in turn, as many as an archive holds."""
+    group: list[Path] = []
+    held = 0
+    for file in files:
+        entry = file.stat().st_size + 2 * len(str(file.relative_to(data)).encode()) + 256  # its two headers
+        if entry > limit:
+            raise ParameterError(f"{file} exceeds the limit of {limit / MIB:g} MiB; raise --limit")
+        if group and held + entry > limit:
+            yield group
+            group, held = [], 0
+        group.append(file)
+        held += entry
+    yield group
+
+
+def split(run: Path, pieces: Path, size: int = PIECE) -> None:
+    """What a run is gone on from as files of at most `size` bytes: `last.ckpt.000`, ... and small files as they are."""
+    shutil.rmtree(pieces, ignore_errors=True)
+    pieces.mkdir(parents=True)
+    for name in KEPT:
+        if (run / name).is_file():
+            with (run / name).open("rb") as file:
+                for number, piece in enumerate(iter(lambda: file.read(size), b"")):
+                    (pieces / f"{name}.{number:03d}").write_bytes(piece)
+
+
+def join(pieces: Path, run: Path) -> list[str]:
+    """Whole files in `run` of what `split` wrote, those that are there already left alone. ParameterError for gaps."""
+    run.mkdir(parents=True, exist_ok=True)
+    joined = []
+    for name in KEPT:
+        found = sorted(pieces.glob(f"{name}.[0-9][0-9][0-9]"))
+        if not found or (run / name).exists():
+            continue
+        if found[-1].suffix != f".{len(found) - 1:03d}":
+            raise ParameterError(
+                f"{pieces} lacks a piece of {name} before {found[-1].name}; carry all of them"
+            )
+        draft = run / f".{name}.part"
+        with draft.open("wb") as file:
+            for piece in found:
+                file.write(piece.read_bytes())
+        draft.replace(run / name)
+        joined.append(name)
+    return joined
+
+
+def train(args: argparse.Namespace) -> Trained:
+    """Unpack, train for as long as there is time, and leave what there is in pieces."""
+    begun = time.monotonic()
+    archives = sorted(args.parts.glob("*.zip"))
+    if not archives:
+        raise ParameterError(f"{args.parts} holds no archive; make them by: {Path(__file__).name} pack")
+    recipe = read(args.recipe, args.set)
+    if args.pieces is not None:
+        join(args.pieces, args.out)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in archives:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(folder)
+        left = None if args.minutes is None else args.minutes - (time.monotonic() - begun) / 60
+        place = Place(folder=args.out, device=args.device, resume=True, minutes=left)
+        try:
+            done = fit(recipe, [Path(folder)], place)
+        finally:
+            if args.out.is_dir():
+                split(args.out, args.out / "pieces")
+    return done
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the arguments and do as asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="folder in SOI-Det's layout")
-    parser.add_argument("out", type=Path, help="folder of the run: last.pt and log.jsonl")
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".yaml"))
-    parser.add_argument("--start", type=Path, help="safetensors to begin from")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    plan = phases(args.config)
-    records = {s: read_split(args.data, s, "train", names) for s, names in COMPACT.classes.items()}
-    torch.manual_seed(plan[0].seed)
-    model = Detector(COMPACT)
-    if args.start:
-        from safetensors.torch import load_file
-
-        model.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
-    else:
-        load_efficientnet_lite0(model.backbone.spm.get_submodule("trunk"))
-    freeze_prior(model)
-    for options in plan:
-        train(model, records, options, args.out, args.device)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    packing = verbs.add_parser("pack", help="put training data into archives")
+    packing.add_argument("data", type=Path, help="folder in SOI-Det's layout")
+    packing.add_argument("parts", type=Path, help="new folder for the archives")
+    packing.add_argument("--limit", type=float, default=36.0, help="MiB of an archive (default 36)")
+    training = verbs.add_parser("train", help="train from archives, or go on")
+    training.add_argument("parts", type=Path, help="folder of archives")
+    training.add_argument("out", type=Path, help="folder of the run")
+    training.add_argument("--recipe", default="compact", help="name or file (default compact)")
+    training.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as babelrs-geo's")
+    training.add_argument("--pieces", type=Path, help="go on from these pieces where OUT is new")
+    training.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    training.add_argument("--minutes", type=float, help="stop, and save, after so many")
+    joining = verbs.add_parser("join", help="make whole files of pieces")
+    joining.add_argument("pieces", type=Path)
+    joining.add_argument("out", type=Path)
+    args = parser.parse_args(arguments)
+    try:
+        if args.verb == "pack":
+            for path in pack(args.data, args.parts, int(args.limit * MIB)):
+                print(f"{path} {path.stat().st_size / MIB:.1f} MiB")
+        elif args.verb == "join":
+            print("joined", ", ".join(join(args.pieces, args.out)) or "nothing")
+        else:
+            done = train(args)
+            told = "stopped" if done.stopped else "ended"
+            print(f"{told} after step {done.step}; best H-mAP {done.best:.3f} after step {done.best_step}")
+    except BabelError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
+import random
 import subprocess
 import sys
-import time
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +19,7 @@ from conftest import NORTH_UP, UTM, Raster, write_raster
 from distributed import LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kills import end_at_random, run_whole
 from rasterio.control import GroundControlPoint
 from test_georef import made_up_rpc, slant_gcps
 
@@ -441,31 +440,28 @@ def test_chips_are_the_same_whoever_works_and_a_whole_run_does_nothing(tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_anywhere_and_run_again_it_leaves_the_same_files(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_moments_and_run_again_it_leaves_the_same_files(tmp_path, workers):
     path = write_raster(
         tmp_path / "scene",
         Raster(speckle(2000, 2000, 3), creation={"tiled": True, "blockxsize": 128, "blockysize": 128}),
     )
     write_labels(tmp_path / "labels.gpkg", [(i, i, 9, 5, i) for i in range(0, 2000, 7)])
-    command = [sys.executable, "-m", "babelrs_geo", "tile", str(path), "--sensor", "rgb", "--workers", "1"]
-    command += ["--labels", str(tmp_path / "labels.gpkg"), "--size", "128", "--overlap", "32", "--quiet"]
-    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True)
-    kills = 0
-    for wait in (0.0, 0.2):
-        run = subprocess.Popen([*command, "-o", str(tmp_path / "chips")])
-        while run.poll() is None and not list((tmp_path / "chips").glob("images/*/*.tif")):
-            time.sleep(0.01)
-        time.sleep(wait)
-        if run.poll() is None:
-            os.kill(run.pid, signal.SIGKILL)
-            kills += 1
-        run.wait()
-        if kills and not (tmp_path / "chips" / "index.parquet").exists():
+    command = [sys.executable, "-m", "babelrs_geo", "tile", str(path), "--sensor", "rgb", "--quiet"]
+    command += ["--labels", str(tmp_path / "labels.gpkg"), "--size", "128", "--overlap", "32"]
+    command += ["--workers", str(workers), "-o"]
+    whole, chips = tmp_path / "whole", tmp_path / "chips"
+    course = run_whole([*command, str(whole)], lambda: any(whole.glob("images/*/*.tif")))
+    draw, kills, cut = random.Random(workers), 0, []
+    for _ in range(4):
+        kills += end_at_random([*command, str(chips)], course, draw, 1)
+        cut.append(len(list(chips.glob("images/*/*.tif"))))
+        if chips.exists() and not (chips / "index.parquet").exists():
             with pytest.raises(LabelError, match="did not end"):
-                read_index(tmp_path / "chips")
-    assert kills
-    subprocess.run([*command, "-o", str(tmp_path / "chips")], check=True)
-    assert contents(tmp_path / "chips") == contents(tmp_path / "whole")
+                read_index(chips)
+    assert kills and cut == sorted(cut)  # what was cut is kept
+    subprocess.run([*command, str(chips)], check=True)
+    assert contents(chips) == contents(whole)
 
 
 def test_a_broken_scene_ends_the_run_and_a_mended_one_is_another(tmp_path):

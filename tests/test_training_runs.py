@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import shapely
 import torch
 import yaml
 from conftest import NORTH_UP, UTM, Raster, write_raster
+from kills import Course, drafts, end_at_random, run_whole
 from safetensors.torch import load_file
 from test_datasets import write_soi
 from tiny_model import TINY
@@ -44,6 +44,8 @@ from babelrs_geo.vectors.labels import read_labels
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 STEPS = 5
+CLOCKS = {"seconds_a_step", "data_wait", "minutes"}
+"""Columns of the log that no two runs share."""
 
 
 @pytest.fixture(scope="module")
@@ -101,36 +103,44 @@ def test_workers_and_measurements_change_nothing(whole: Path, soi: Path, tmp_pat
     assert_same(whole, tmp_path)
 
 
-def test_a_run_stopped_at_a_step_goes_on_as_if_nothing_had_happened(
+def test_a_run_stopped_at_random_steps_goes_on_as_if_nothing_had_happened(
     whole: Path, soi: Path, tmp_path: Path
 ) -> None:
-    stop_at = 3  # in the second phase
+    stops = sorted(random.Random(3).sample(range(1, STEPS), 2))
 
     def interrupt(done: int, total: int) -> None:
-        if done == stop_at:
-            for (
-                worker
-            ) in multiprocessing.active_children():  # as a terminal does, which tells the whole group
-                os.kill(int(worker.pid or 0), signal.SIGINT)
+        if done in stops:
+            for worker in multiprocessing.active_children():
+                os.kill(
+                    int(worker.pid or 0), signal.SIGINT
+                )  # as a terminal does, which tells the whole group
             signal.raise_signal(signal.SIGINT)
 
     seen = recipe(run=run_part(tensorboard=True, workers=1))
     stopped = run(tmp_path, soi, seen, progress=interrupt)
-    assert (stopped.step, stopped.stopped) == (stop_at, True)
+    assert (stopped.step, stopped.stopped) == (stops[0], True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(ParameterError, match="holds a run already; go on with it by --resume auto"):
         run(tmp_path, soi)
     with pytest.raises(ParameterError, match=r"differs from the recipe in clip; go on with its own"):
         run(tmp_path, soi, recipe(clip=1.0), resume=True)
+    again = run(tmp_path, soi, recipe(run=run_part(checkpoint_minutes=60)), resume=True, progress=interrupt)
+    assert (again.step, again.stopped) == (stops[1], True)
     done = run(tmp_path, soi, recipe(run=run_part(tensorboard=True)), resume=True)
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2
     assert (done.step, done.stopped) == (STEPS, False)
     assert_same(whole, tmp_path)
     for mine, theirs in zip(rows(whole), rows(tmp_path), strict=True):
-        for name in mine.keys() - {"seconds_a_step", "data_wait"}:
+        for name in mine.keys() - CLOCKS:
             assert mine[name] == theirs[name], name
-    again = run(tmp_path, soi, resume=True)
-    assert (again.step, again.best) == (STEPS, done.best)
+    after = run(tmp_path, soi, resume=True)
+    assert (after.step, after.best) == (STEPS, done.best)
+
+
+def test_a_run_of_so_many_minutes_stops_by_itself(soi: Path, tmp_path: Path) -> None:
+    stopped = run(tmp_path, soi, minutes=0.0)
+    assert (stopped.step, stopped.stopped) == (1, True)
+    assert (tmp_path / "last.ckpt").is_file()
 
 
 def command(folder: Path, soi: Path, config: Path, *more: str) -> list[str]:
@@ -142,31 +152,39 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, "the run ended, or did not begin"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(soi: Path, tmp_path: Path) -> None:
-    """SIGKILL, twice, in a process of its own; the moment is drawn anew each time the suite runs."""
-    config, folder = write_recipe(tmp_path / "tiny.yaml", steps=12), tmp_path / "killed"
-    with subprocess.Popen(
-        command(folder, soi, config, "--resume", "auto"), env=environment(), stderr=subprocess.PIPE
-    ) as process:
-        wait_for(folder / "last.ckpt", process)
-        time.sleep(random.uniform(0, 1.5))
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    reached = int(torch.load(folder / "last.ckpt", weights_only=True)["global_step"])
-    assert 1 <= reached < 12
-    subprocess.run(command(folder, soi, config, "--resume", "auto"), env=environment(), check=True)
-    subprocess.run(command(tmp_path / "whole", soi, config), env=environment(), check=True)
-    assert_same(tmp_path / "whole", folder)
-    assert [row["step"] for row in rows(folder)] == [row["step"] for row in rows(tmp_path / "whole")]
-    assert not list(folder.glob(".*.part"))
+def test_ended_at_random_moments_a_run_goes_on_as_if_nothing_had_happened(soi: Path, tmp_path: Path) -> None:
+    """Killed or told to stop, at moments drawn over the time that it trains; the moments are of the clock, so the
+    steps they meet differ from run to run of this test.
+    """
+    steps = 40
+    config, folder, other = (
+        write_recipe(tmp_path / "tiny.yaml", steps=steps),
+        tmp_path / "ended",
+        tmp_path / "whole",
+    )
+    course = run_whole(
+        command(other, soi, config), lambda: (other / "recipe.yaml").exists(), environment=environment()
+    )
+    again = command(folder, soi, config, "--resume", "auto")
+    draw, kills, reached = random.Random(4), 0, []
+    half = Course(course.until_work, (course.until_work + course.in_all) / 2)
+    for _ in range(4):
+        kills += end_at_random(again, half, draw, 1, environment(), (signal.SIGKILL, signal.SIGTERM))
+        if (folder / "last.ckpt").exists():
+            reached.append(int(torch.load(folder / "last.ckpt", weights_only=True)["global_step"]))
+    assert kills >= 2 and reached and reached == sorted(reached)
+    subprocess.run(again, env=environment(), check=True)
+    assert_same(other, folder)
+    for name in ("best.safetensors", "final.safetensors"):
+        mine, theirs = load_file(folder / name), load_file(other / name)
+        assert mine.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in mine.items())
+    one, two = (checkpoints.read_header(each / "final.safetensors") for each in (folder, other))
+    assert (one.metrics, one.thresholds) == (two.metrics, two.thresholds)
+    assert one.training["data_sha256"] == two.training["data_sha256"]
+    for mine, theirs in zip(rows(folder), rows(other), strict=True):
+        assert all(mine[name] == theirs[name] for name in mine.keys() - CLOCKS)
+    assert not drafts(folder)
 
 
 @pytest.mark.slow
@@ -268,6 +286,7 @@ def test_a_loss_that_is_no_number_stops_with_the_files(
     with pytest.raises(TrainingError, match=r"step 0: the loss is nan.* ir nan \(\d\.png\)"):
         run(tmp_path, soi)
     assert not (tmp_path / "last.ckpt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_one_sensor_alone_learns_and_leaves_the_others_heads(soi: Path, tmp_path: Path) -> None:

@@ -133,10 +133,14 @@ def _existing(path: Path, source: Path) -> Path:
     raise LabelError(f"{path} is missing; {source} names it")
 
 
+def content(record: Record) -> bytes:
+    """A record's image file and boxes as bytes: what tells data apart."""
+    return record.path.read_bytes() + record.boxes.tobytes() + record.labels.tobytes()
+
+
 def fingerprint(records: Sequence[Record]) -> str:
     """SHA-256 of the records' image bytes and boxes: which data some weights were trained on."""
     digest = hashlib.sha256()
-    for r in records:
-        digest.update(r.path.read_bytes())
-        digest.update(r.boxes.tobytes() + r.labels.tobytes())
+    for record in records:
+        digest.update(content(record))
     return digest.hexdigest()

@@ -1,10 +1,9 @@
 """Training of the detector.
 
 `recipe` says what a run is, `data` feeds it, `module` computes its steps, `validation` judges it, `run` puts them
-together on Lightning; `schedules` has AdamW's groups and rates. `loop` is the plain loop that made the bundled weights.
+together on Lightning; `schedules` has AdamW's groups and rates, `origin` what weights come of.
 """
 
-from babelrs_geo.training.loop import TrainOptions, batches, train
 from babelrs_geo.training.schedules import (
     LayerDecay,
     StepSchedule,
@@ -18,12 +17,9 @@ from babelrs_geo.training.schedules import (
 __all__ = [
     "LayerDecay",
     "StepSchedule",
-    "TrainOptions",
-    "batches",
     "freeze_prior",
     "layer_decay_groups",
     "parameter_groups",
     "schedule",
     "step_schedule",
-    "train",
 ]

@@ -6,7 +6,7 @@ import copy
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +26,8 @@ LAST, BEST, FINAL = "last.ckpt", "best.safetensors", "final.safetensors"
 """What to go on from; the weights of the best validation; those of the last step."""
 
 Progress = Callable[[int, int], None]
+Describe = Callable[[Verdict, Mapping[str, float]], Header]
+"""A verdict and the seconds that were spent, by machine, to the header of the weights that are written."""
 
 
 class Keeper(Callback):
@@ -35,31 +37,42 @@ class Keeper(Callback):
     or termination as by a cluster), it saves after the step in hand.
     """
 
-    def __init__(
-        self, folder: Path, recipe: Recipe, data: TrainingData, describe: Callable[[Verdict], Header]
-    ) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, data: TrainingData, describe: Describe) -> None:
         self.folder, self.recipe, self.data, self.describe = folder, recipe, data, describe
         self.progress: Progress | None = None
+        self.deadline: float | None = None
+        """Of `time.monotonic()`: the run is then told to stop."""
+        self.spent: dict[str, float] = {}
+        """Seconds of steps by what computed them, those of earlier parts of the run included."""
         self.best = -1.0
         self.best_step = 0
         self.last: float | None = None
         self.stopped = False
-        self._saved = time.monotonic()
+        self._saved = self._clock = time.monotonic()
+        self._machine = ""
         self._logged = 0
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"best": self.best, "best_step": self.best_step, "last": self.last, "logged": self._logged}
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "last": self.last,
+            "logged": self._logged,
+            "spent": dict(self.spent),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
         self.last, self._logged = state_dict["last"], state_dict["logged"]
+        self.spent = dict(state_dict.get("spent", {}))  # checkpoints of before kept no time
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen for requests to stop."""
-        self._saved = time.monotonic()
+        """The clock starts; listen for requests to stop."""
+        self._saved = self._clock = time.monotonic()
+        self._machine = machine(trainer)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._stop)
@@ -69,6 +82,13 @@ class Keeper(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no more."""
+        self._listen_no_more()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Listen no more: Lightning tears nothing down after an error."""
+        self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -79,6 +99,10 @@ class Keeper(Callback):
         """What is due after a step."""
         assert isinstance(pl_module, DetectorTraining)
         step, run, end = trainer.global_step, self.recipe.run, self.recipe.steps
+        now = time.monotonic()
+        self.spent[self._machine] = self.spent.get(self._machine, 0.0) + now - self._clock
+        if self.deadline is not None and now >= self.deadline:
+            self.stopped = True
         if self.progress is not None and trainer.is_global_zero:
             self.progress(step, end)
         if step % run.log_every == 0 or step == end:
@@ -98,10 +122,11 @@ class Keeper(Callback):
             pl_module.skip_clock(time.perf_counter() - began)
         if self.stopped and step < end:
             trainer.should_stop = True
+        self._clock = time.monotonic()
 
     def _log(self, trainer: Trainer, module: DetectorTraining, step: int) -> None:
         assert self.data.batches is not None
-        row = module.row(step - self._logged, self.data.batches)
+        row = module.row(step - self._logged, self.data.batches) | {"minutes": sum(self.spent.values()) / 60}
         self._logged = step
         for log in trainer.loggers:
             log.log_metrics(row, step)
@@ -117,7 +142,7 @@ class Keeper(Callback):
             for log in trainer.loggers:
                 log.log_metrics({f"val_{k}": v for k, v in verdict.figures().items()}, step)
                 log.save()
-            header = self.describe(verdict)
+            header = self.describe(verdict, self.spent)
             if verdict.h_map > self.best:
                 checkpoints.save(self.folder / BEST, model, header)
             if step == self.recipe.steps:
@@ -137,3 +162,11 @@ def save(trainer: Trainer, path: Path) -> None:
     trainer.save_checkpoint(draft)
     if trainer.is_global_zero:
         draft.replace(path)
+
+
+def machine(trainer: Trainer) -> str:
+    """What a run computes on, in words."""
+    device, world = trainer.strategy.root_device, trainer.world_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    told = name or f"{torch.get_num_threads()} CPU threads"
+    return told if world == 1 else f"{world} x {told}"

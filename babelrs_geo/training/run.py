@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from babelrs_geo.training.data import TrainingData
 from babelrs_geo.training.keeping import BEST, FINAL, LAST, Keeper, Progress
 from babelrs_geo.training.logs import CsvLog
 from babelrs_geo.training.module import DetectorTraining
+from babelrs_geo.training.origin import Origin, fingerprint, weights_before
 from babelrs_geo.training.recipe import ModelPart, Recipe, differing, to_plain, write
 from babelrs_geo.training.schedules import freeze_prior
 from babelrs_geo.training.validation import Verdict
@@ -48,6 +51,8 @@ class Place:
     nodes: int = 1
     resume: bool = False
     """Go on from the folder's last checkpoint, where there is one."""
+    minutes: float | None = None
+    """Stop after the step at which so many minutes have passed since the start, as if told to."""
     progress: Progress | None = field(default=None, compare=False)
 
 
@@ -135,6 +140,7 @@ def fit(recipe: Recipe, data: Sequence[Path], place: Place) -> Trained:
     is no number.
     """
     first = getattr(rank_zero_only, "rank", 0) == 0
+    begun = time.monotonic()
     state = _begin(recipe, place, first)
     world = place.devices * place.nodes
     if recipe.processes not in (None, world) and first:
@@ -147,8 +153,15 @@ def fit(recipe: Recipe, data: Sequence[Path], place: Place) -> Trained:
     module = DetectorTraining(model, recipe)
     sources = TrainingData(recipe, model.config, data)
     ground(recipe, sources)
-    keeper = Keeper(place.folder, recipe, sources, lambda verdict: header(recipe, sources, model, verdict))
+    start = weights_before(recipe.model.start)
+    learnt = cache(lambda: fingerprint(sources.learn[s].samples for s in recipe.data.sensors))
+
+    def describe(verdict: Verdict, spent: Mapping[str, float]) -> Header:
+        return header(recipe, sources, model.config, verdict, Origin(learnt(), spent, start))
+
+    keeper = Keeper(place.folder, recipe, sources, describe)
     keeper.progress = place.progress
+    keeper.deadline = None if place.minutes is None else begun + 60 * place.minutes
     with _quiet():
         trainer = _trainer(recipe, place, keeper, 0 if state is None else int(state["global_step"]))
         path = None if state is None else place.folder / LAST
@@ -286,18 +299,20 @@ def ground(recipe: Recipe, data: TrainingData) -> dict[str, tuple[float, float]]
     return found
 
 
-def header(recipe: Recipe, data: TrainingData, model: Detector, verdict: Verdict) -> Header:
+def header(
+    recipe: Recipe, data: TrainingData, config: DetectorConfig, verdict: Verdict, origin: Origin
+) -> Header:
     """What weights say of themselves."""
     part, sensors = recipe.header, recipe.data.sensors
     kinds = {"sar": "horizontal", "rgb": "oriented", "ir": "oriented"}
     return Header(
         name=recipe.name,
-        classes={s: tuple(model.config.classes[s]) for s in sensors},
+        classes={s: tuple(config.classes[s]) for s in sensors},
         box_kind={s: kinds[s] for s in sensors},
         gsd=ground(recipe, data),
         thresholds=verdict.thresholds,
         radiometry={s: part.radiometry.get(s, "as babelrs-geo reads scenes of this sensor") for s in sensors},
-        architecture=model.config.to_dict(),
+        architecture=config.to_dict(),
         licence=part.licence,
         training={
             "data": part.data or "; ".join(data.learn[s].about for s in sensors),
@@ -305,6 +320,7 @@ def header(recipe: Recipe, data: TrainingData, model: Detector, verdict: Verdict
             "start": recipe.model.start or "at random",
             "config": write(recipe),
             "steps": verdict.step,
+            **origin.to_dict(),
         },
         metrics={**verdict.reports, "h_map": verdict.h_map},
     )

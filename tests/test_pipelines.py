@@ -1,0 +1,157 @@
+"""Training in parts on a lent machine, and the release of what a run left."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_datasets import write_soi
+from test_training_runs import assert_same
+from tiny_recipe import tiny_recipe, write_recipe
+
+from babelrs_geo.datasets.soi import fingerprint, read_split
+from babelrs_geo.errors import OutputError, ParameterError
+from babelrs_geo.evaluation import without_transformer
+from babelrs_geo.models import checkpoints, zoo
+from babelrs_geo.models.detector import COMPACT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+
+import release_compact
+import train_compact
+
+
+@pytest.fixture(scope="module")
+def soi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("soi")
+    write_soi(root, images=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(soi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run at a stretch, and one that was stopped and went on elsewhere from what was carried."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = str(write_recipe(folder / "tiny.yaml", steps=4))
+    train_compact.main(["pack", str(soi), str(folder / "parts"), "--limit", "0.002"])
+    given = ["train", str(folder / "parts")]
+    more = ["--recipe", config, "--device", "cpu"]
+    train_compact.main([*given, str(folder / "whole"), *more])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_compact, "PIECE", 100_000)
+        patch.setattr(train_compact.split, "__defaults__", (100_000,))
+        train_compact.main([*given, str(folder / "there"), *more, "--minutes", "0"])
+    pieces = folder / "there" / "pieces"
+    (folder / "there" / "last.ckpt").unlink()
+    train_compact.main([*given, str(folder / "here"), *more, "--pieces", str(pieces)])
+    return folder
+
+
+def test_archives_hold_the_data_and_keep_to_the_limit(soi: Path, tmp_path: Path) -> None:
+    parts = train_compact.pack(soi, tmp_path / "parts", 2000)
+    assert len(parts) > 1
+    for path in parts:
+        assert path.stat().st_size < 2000
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(tmp_path / "data")
+    files = {p.relative_to(soi): p.read_bytes() for p in soi.rglob("*") if p.is_file()}
+    there = tmp_path / "data"
+    assert {p.relative_to(there): p.read_bytes() for p in there.rglob("*") if p.is_file()} == files
+    with pytest.raises(OutputError, match="is not empty"):
+        train_compact.pack(soi, tmp_path / "parts", 2000)
+    with pytest.raises(ParameterError, match="exceeds the limit"):
+        train_compact.pack(soi, tmp_path / "less", 300)
+    with pytest.raises(ParameterError, match="give SOI-Det's layout"):
+        train_compact.pack(tmp_path / "parts", tmp_path / "none", 2000)
+
+
+def test_pieces_make_the_file_again_and_a_missing_one_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    content = bytes(range(256)) * 5
+    (tmp_path / "run" / "last.ckpt").write_bytes(content)
+    train_compact.split(tmp_path / "run", tmp_path / "pieces", 500)
+    assert [p.stat().st_size for p in sorted((tmp_path / "pieces").iterdir())] == [500, 500, 280]
+    assert train_compact.join(tmp_path / "pieces", tmp_path / "new") == ["last.ckpt"]
+    assert (tmp_path / "new" / "last.ckpt").read_bytes() == content
+    assert train_compact.join(tmp_path / "pieces", tmp_path / "new") == []
+    (tmp_path / "pieces" / "last.ckpt.001").unlink()
+    with pytest.raises(ParameterError, match=r"lacks a piece of last\.ckpt"):
+        train_compact.join(tmp_path / "pieces", tmp_path / "other")
+
+
+def test_a_run_that_was_carried_in_pieces_is_the_run(runs: Path) -> None:
+    pieces = sorted(p.name for p in (runs / "there" / "pieces").iterdir())
+    assert sum(name.startswith("last.ckpt") for name in pieces) > 1
+    assert "recipe.yaml.000" in pieces
+    assert all(p.stat().st_size <= 100_000 for p in (runs / "there" / "pieces").iterdir())
+    assert_same(runs / "whole", runs / "here")
+    with (runs / "here" / "log.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    minutes = [float(row["minutes"]) for row in rows]
+    assert all(a < b for a, b in zip(minutes, minutes[1:], strict=False))  # counted on
+
+
+def test_what_cannot_be_done_is_told_in_one_line(soi: Path, tmp_path: Path) -> None:
+    for words, told in (
+        (["pack", tmp_path, tmp_path / "x"], "give SOI-Det's layout"),
+        (["train", tmp_path, tmp_path / "x"], "holds no archive; make them by: train_compact.py pack"),
+    ):
+        with pytest.raises(SystemExit, match=told) as caught:
+            train_compact.main([str(word) for word in words])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_header_says_what_the_weights_come_of(runs: Path, soi: Path) -> None:
+    training = checkpoints.read_header(runs / "here" / "final.safetensors").training
+    records = [r for s, names in COMPACT.classes.items() for r in read_split(soi, s, "train", names)]
+    assert training["data_sha256"] == fingerprint(records)
+    assert training["minutes"] > 0
+    assert sum(training["minutes_by_machine"].values()) == pytest.approx(training["minutes"])
+    assert "before" not in training
+
+
+def test_a_release_measures_and_its_card_says_what_came_before(runs: Path, soi: Path, tmp_path: Path) -> None:
+    first = runs / "here" / "final.safetensors"
+    going_on = {**tiny_recipe()["model"], "start": str(first)}
+    config = write_recipe(tmp_path / "second.yaml", steps=2, model=going_on)
+    second = tmp_path / "run"
+    train_compact.main(
+        ["train", str(runs / "parts"), str(second), "--recipe", str(config), "--device", "cpu"]
+    )
+    release_compact.main(
+        [str(soi), str(second), str(tmp_path / "out"), "--name", "second", "--weights", "final"]
+    )
+    model, header = checkpoints.load(tmp_path / "out" / "second.safetensors")
+    assert header.name == "second"
+    trained = checkpoints.read_header(second / "final.safetensors")
+    assert header.metrics["sar"] == trained.metrics["sar"]  # the run measured the same
+    assert header.thresholds == trained.thresholds
+    with without_transformer(model):
+        assert header.metrics["h_map_without_transformer"] <= 1
+    stored, kept = load_file(tmp_path / "out" / "second.safetensors"), load_file(second / "final.safetensors")
+    assert all(torch.equal(value, kept[name]) for name, value in stored.items())
+    before = header.training["before"]
+    assert (before["name"], before["steps"]) == ("tiny", 4)
+    assert before["sha256"] == checkpoints.sha256(first)
+    text = (tmp_path / "out" / "second.md").read_text()
+    assert "{{" not in text
+    assert "1 steps of 64 px crops (1 sar, 1 rgb, 1 ir), then 1 steps" in text.replace(" a step", "")
+    assert f"the weights tiny (SHA-256 `{before['sha256']}`), which came of 4 steps" in text
+    assert "the same images, from at random" in text
+
+
+def test_the_bundled_weights_are_a_start_that_is_told() -> None:
+    header = checkpoints.read_header(zoo.find("compact"))
+    assert release_compact.minutes({"minutes": 10, "before": header.training}) == pytest.approx(
+        10 + release_compact.minutes(header.training)
+    )
+    began = {"name": "compact", "sha256": "0", **header.training}
+    told = release_compact.start({"before": began, "data_sha256": began["data_sha256"]})
+    assert told.startswith("the weights compact (SHA-256 `0`), which came of ")
+    assert "ImageNet" in told
