@@ -83,7 +83,7 @@ def _options(command: Command) -> Command:
             ),
             click.option(
                 "--boxes",
-                type=positive,
+                type=click.IntRange(min=2),
                 default=20,
                 show_default=True,
                 metavar="N",

@@ -166,8 +166,8 @@ def refer(image: LabelledImage, rng: Random, most: int) -> Asked | None:
         return None
     thing = rng.choice(sorted({image.concepts[i] for i in clear}))
     chosen = rng.choice([i for i in clear if image.concepts[i] == thing])
-    question = rng.choice(_REFER).format(boxes_text(image.grid[[chosen]]))
-    return Asked(question, _sentence(indefinite(thing)), str(chosen))
+    box = boxes_text(image.grid[[chosen]])
+    return Asked(rng.choice(_REFER).format(box), _sentence(indefinite(thing)), box)
 
 
 def ground(image: LabelledImage, rng: Random, most: int) -> Asked | None:
@@ -287,9 +287,9 @@ def _areas(
 
 
 def _ambiguous(image: LabelledImage, chosen: int) -> bool:
-    """Whether an object's upright box is nearly that of an object of another concept."""
-    others = image.boxes[[i for i, t in enumerate(image.concepts) if t != image.concepts[chosen]]]
-    box = image.boxes[chosen]
+    """Whether an object's upright box is nearly that of an object of another concept, as both are in text."""
+    others = image.grid[[i for i, t in enumerate(image.concepts) if t != image.concepts[chosen]]]
+    box = image.grid[chosen]
     sides = np.minimum(others[:, 2:], box[2:]) - np.maximum(others[:, :2], box[:2])
     shared = np.prod(np.maximum(sides, 0), axis=1)
     union = np.prod(others[:, 2:] - others[:, :2], axis=1) + np.prod(box[2:] - box[:2]) - shared

@@ -47,9 +47,9 @@ class InstructOptions:
         if unknown or not self.tasks:
             told = ", ".join(sorted(unknown)) or "nothing"
             raise ParameterError(f"tasks has {told}; expected some of {', '.join(TASKS)}")
-        for name in ("per_image", "most_boxes"):
-            if getattr(self, name) < 1:
-                raise ParameterError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name, least in (("per_image", 1), ("most_boxes", 2)):
+            if getattr(self, name) < least:
+                raise ParameterError(f"{name} is {getattr(self, name)}; expected {least} or more")
 
     def split_of(self, sensor: str) -> str:
         """The split of one sensor. ParameterError where none is given."""
@@ -103,7 +103,7 @@ def ask(image: LabelledImage, root: Path, options: InstructOptions) -> list[Reco
 
 
 def find(
-    data: Sequence[Path], pictures: Path, options: InstructOptions
+    data: Sequence[str | os.PathLike[str]], pictures: Path, options: InstructOptions
 ) -> tuple[list[LabelledImage], list[Picture], Path]:
     """All images of folders in SOI-Det's layout and of chips; pictures of chips to write below `pictures`; and the
     folder below which all of them lie.
@@ -153,8 +153,8 @@ def meta_path(output: Path) -> Path:
 
 
 def write_corpus(
-    data: Sequence[Path],
-    output: Path,
+    data: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     options: InstructOptions | None = None,
     progress: Progress | None = None,
 ) -> Written:
@@ -164,8 +164,8 @@ def write_corpus(
     `<stem>_images/`. Files are whole or absent. Raises as `find` does, and OutputError where the disk refuses.
     """
     options = options or InstructOptions()
-    output = Path(output).resolve()
-    images, todo, root = find(data, output.with_name(f"{output.stem}_images"), options)
+    target = Path(output).resolve()
+    images, todo, root = find(data, target.with_name(f"{target.stem}_images"), options)
     images.sort(key=lambda image: _order(image, options.seed))
     total = len(todo) + len(images)
     done = 0
@@ -186,17 +186,17 @@ def write_corpus(
             if progress is not None:
                 progress(number, total)
 
-    _write(output, lines())
-    own = root.is_relative_to(output.parent)  # then the corpus and its images may be moved together
+    _write(target, lines())
+    own = root.is_relative_to(target.parent)  # then the corpus and its images may be moved together
     entry = {
-        "root": root.relative_to(output.parent).as_posix() if own else str(root),
-        "annotation": output.name,
+        "root": root.relative_to(target.parent).as_posix() if own else str(root),
+        "annotation": target.name,
         "data_augment": False,
         "repeat_time": 1,
         "length": counts.total(),
     }
-    meta = meta_path(output)
-    _write(meta, [json.dumps({output.stem: entry}, indent=2, ensure_ascii=False) + "\n"])
+    meta = meta_path(target)
+    _write(meta, [json.dumps({target.stem: entry}, indent=2, ensure_ascii=False) + "\n"])
     return Written(
         meta,
         counts,
