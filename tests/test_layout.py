@@ -31,6 +31,8 @@ HEAVY = {
     "distributed",
     "lightning",
     "torchgeo",
+    "transformers",
+    "peft",
 }
 
 

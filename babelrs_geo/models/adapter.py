@@ -13,7 +13,7 @@ behaviour of the implementation the published weights were trained with: its res
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
-from babelrs_geo.models.vit import Block, PatchEmbeddings, ViTConfig
+from babelrs_geo.models.vit import PatchEmbeddings, ViTConfig, make_blocks
 
 PriorKind = Literal["convolutional", "efficientnet_lite0"]
 
@@ -232,13 +232,23 @@ class Interaction(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], at: Geometry
     ) -> tuple[Tensor, Tensor]:
+        x = self.advance(x, c, blocks, at)[-1]
+        return x, self.extract(c, x, at)
+
+    def advance(self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], at: Geometry) -> list[Tensor]:
+        """Inject, then the tokens after each block."""
         x = self._run(self.injector, x, c, at)
+        seen = []
         for block in blocks:
             x = self._run(block, x)
-        c = self._run(self.extractor, c, x, at)
-        for extractor in self.extra_extractors:
+            seen.append(x)
+        return seen
+
+    def extract(self, c: Tensor, x: Tensor, at: Geometry) -> Tensor:
+        """The pyramid's tokens after they have seen the transformer's."""
+        for extractor in (self.extractor, *self.extra_extractors):
             c = self._run(extractor, c, x, at)
-        return x, c
+        return c
 
     def _run(self, part: nn.Module, *inputs: Any) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -322,7 +332,7 @@ class ViTAdapter(nn.Module):
         dim = config.vit.dim
         self.config = config
         self.embeddings = PatchEmbeddings(config.vit)
-        self.layers = nn.ModuleList(Block(config.vit) for _ in range(config.vit.depth))
+        self.layers = make_blocks(config.vit)
         lite = config.prior == "efficientnet_lite0"
         self.spm: nn.Module = EfficientNetPrior(config) if lite else ConvolutionalPrior(config)
         self.level_embed = nn.Parameter(torch.randn(3, dim))
@@ -364,15 +374,59 @@ class ViTAdapter(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         at = Geometry.of(image.shape[2], image.shape[3], image)
-        c1, *pyramid = self.spm(image)
-        levels = self.level_embed.unsqueeze(1)  # (3, 1, D)
-        c = torch.cat([m.flatten(2).transpose(1, 2) + e for m, e in zip(pyramid, levels, strict=True)], dim=1)
+        c1, c = self._pyramid(image)
         x = self.embeddings(image)
+        for interaction, blocks in self._stages():
+            x, c = interaction(x, c, blocks, at)
+        return self._maps(c1, c, x, at)
+
+    def tokens(self, image: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The transformer's tokens (B, h*w, D) after each of `layers`; 0 is the embedding.
+
+        They have seen the pyramid as in the detector. What leads to later blocks or to maps alone does not run.
+        """
+        at = Geometry.of(image.shape[2], image.shape[3], image)
+        _, c = self._pyramid(image)
+        seen = [self.embeddings(image)]
+        last = max(layers)
+        for interaction, blocks in self._stages():
+            if last < len(seen):
+                break
+            seen += interaction.advance(seen[-1], c, blocks[: last + 1 - len(seen)], at)
+            if last >= len(seen):
+                c = interaction.extract(c, seen[-1], at)
+        return [seen[layer] for layer in layers]
+
+    def reached(self, layer: int) -> set[str]:
+        """Names of the parameters that tokens after a layer depend on."""
+        unused = ["up.", "norm1.", "norm2.", "norm3.", "norm4.", "spm.fc1."]
+        unused += [f"layers.{n}." for n in range(layer, self.config.vit.depth)]
+        end = 0
+        for i, count in enumerate(self.config.stages):
+            if layer <= end:
+                unused.append(f"interactions.{i}.")
+            end += count
+            if layer <= end:
+                unused += [f"interactions.{i}.extractor.", f"interactions.{i}.extra_extractors."]
+        return {name for name, _ in self.named_parameters() if not name.startswith(tuple(unused))}
+
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        """Compute blocks again in the backward pass: a third more work for much less memory, the same gradients."""
+        for interaction, _ in self._stages():
+            interaction.checkpointing = on
+
+    def _stages(self) -> Iterator[tuple[Interaction, list[nn.Module]]]:
         start = 0
         for interaction, count in zip(self.interactions, self.config.stages, strict=True):
-            x, c = interaction(x, c, self.layers[start : start + count], at)
+            yield cast(Interaction, interaction), list(self.layers[start : start + count])
             start += count
-        return self._maps(c1, c, x, at)
+
+    def _pyramid(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The prior's finest map, and its other three as tokens of their level."""
+        c1, *pyramid = self.spm(image)
+        levels = self.level_embed.unsqueeze(1)  # (3, 1, D)
+        parts = [m.flatten(2).transpose(1, 2) + e for m, e in zip(pyramid, levels, strict=True)]
+        return c1, torch.cat(parts, dim=1)
 
     def _maps(self, c1: Tensor, c: Tensor, x: Tensor, at: Geometry) -> list[Tensor]:
         """Add the transformer's map, resized, to each level of the pyramid and normalise."""

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,14 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from babelrs_geo.errors import OutputError, ParameterError, WeightsError
+from babelrs_geo.models.adapter import ViTAdapter
 from babelrs_geo.models.detector import Detector, DetectorConfig
-from babelrs_geo.models.official import backbone_of, vision_of
+from babelrs_geo.models.official import BACKBONE, ENCODER, backbone_of, vision_of
+from babelrs_geo.models.pivot import STEP, PivotConfig
+from babelrs_geo.models.vit import ViTConfig
 
 KEY = "babelrs_geo"
 """Where the header stands in the safetensors metadata."""
 FORMAT = 1
 
-StartKind = Literal["encoder", "vision-language"]
+StartKind = Literal["encoder", "backbone", "vision-language", "pivot"]
 State = Mapping[str, torch.Tensor]
 Shape = tuple[int, ...]
 
@@ -117,12 +120,15 @@ class Start:
     """What a checkpoint that training starts from says of itself; it finds nothing yet."""
 
     kind: StartKind
-    """An encoder alone, in the names of the published one, or encoder, projector and language model, in the
-    names of transformers' InternVL.
+    """An encoder alone, in the names of the published one (`encoder`) or, with stem and all, of a detector's
+    backbone; or encoder, projector and language model: imported ones in the names of transformers' InternVL
+    (`vision-language`), ours in those of `PivotModel` (`pivot`).
     """
     name: str
     architecture: Mapping[str, Any]
-    """Sizes: `ViTConfig` or `official.PivotSizes` as plain values."""
+    """Sizes: `ViTConfig`, `AdapterConfig` with the last trained `layer`, `official.PivotSizes`, or `PivotConfig`, as
+    plain values.
+    """
     licence: str
     training: Mapping[str, Any] = field(default_factory=dict)
     """Where the weights come from."""
@@ -205,7 +211,7 @@ class Contents:
     """What a checkpoint's file holds, beside what its header says."""
 
     kind: str
-    """detector, encoder or vision-language."""
+    """detector, or a `StartKind`."""
     parameters: int
     precision: str
     """Types of the tensors, such as float16."""
@@ -215,7 +221,7 @@ class Contents:
 def describe(path: str | os.PathLike[str]) -> Contents:
     """Look into a checkpoint of ours without loading it. Raises WeightsError."""
     header = read(path)
-    sizes = {k: math.prod(shape) for k, shape in shapes(path).items()}
+    sizes = {k: math.prod(shape) for k, shape in shapes(path).items() if k != STEP}
     with safe_open(path, "pt") as file:
         kinds = sorted({str(file.get_slice(k).get_dtype()) for k in sizes})
     precision = ", ".join(_PRECISIONS.get(kind, kind) for kind in kinds)
@@ -247,23 +253,56 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Detector, H
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False), header
 
 
-def start_backbone(model: Detector, path: str | os.PathLike[str]) -> None:
-    """Put an imported or pretrained encoder (a `Start` of either kind) into a detector, resized to its images.
+def read_encoder(path: str | os.PathLike[str]) -> tuple[Start, dict[str, torch.Tensor]]:
+    """The encoder in a file of any `Start`: kind `encoder` or `backbone`, and its tensors under bare names.
 
-    Every tensor of the transformer is replaced, its neighbours are left alone. Raises WeightsError where the
-    file is no start or its sizes are others.
+    A backbone holds what its last trained layer depends on, not what leads on to the detector's maps. Raises
+    WeightsError for a file that is no start.
     """
     start = read(path)
     if isinstance(start, Header):
-        raise WeightsError(f"{path} is a whole detector; expected an encoder: babelrs-geo weights import")
+        raise WeightsError(
+            f"{path} is a whole detector; expected an encoder, or what one was pretrained in: babelrs-geo weights "
+            "import"
+        )
     state = tensors(path)
-    vit = model.config.backbone.vit
-    backbone = backbone_of(vision_of(state) if start.kind == "vision-language" else state, vit)
-    kinds = ("backbone.embeddings.", "backbone.layers.")
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.startswith(kinds)}
+    if start.kind == "vision-language":
+        sizes = start.architecture["vision"]
+        return replace(start, kind="encoder", architecture=sizes), vision_of(state)
+    if start.kind != "pivot":
+        return start, state
+    config = PivotConfig.from_dict(start.architecture)
+    own = {k.removeprefix("vision_model."): v for k, v in state.items() if k.startswith("vision_model.")}
+    sizes = dataclasses.asdict(config.encoder)
+    if isinstance(config.encoder, ViTConfig):
+        return replace(start, kind="encoder", architecture=sizes), own
+    with torch.device("meta"):
+        names = ViTAdapter(config.encoder).reached(config.taps.last)
+    kept = {k: v for k, v in own.items() if k in names}
+    return replace(start, kind="backbone", architecture=sizes | {"layer": config.taps.last}), kept
+
+
+def start_backbone(model: Detector, path: str | os.PathLike[str]) -> None:
+    """Put an imported or pretrained encoder (a `Start` of any kind) into a detector, resized to its images.
+
+    Every tensor of the transformer is replaced, and of a pretrained backbone every one that it was trained in; the
+    others are left alone. Raises WeightsError where the file is no start or its sizes are others.
+    """
+    start, state = read_encoder(path)
+    ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    if start.kind == "backbone":
+        table = BACKBONE
+        names = {f"backbone.{name}" for name in model.backbone.reached(start.architecture["layer"])}
+        wanted = {k: shape for k, shape in ours.items() if k in names}
+    else:
+        table = ENCODER
+        kinds = ("backbone.embeddings.", "backbone.layers.")
+        wanted = {k: shape for k, shape in ours.items() if k.startswith(kinds)}
+    backbone = backbone_of(state, model.config.backbone.vit, table)
     odd = differences(wanted, {k: tuple(v.shape) for k, v in backbone.items()})
     if odd:
-        raise WeightsError(f"the encoder {path} does not fit the detector's transformer: {odd}")
+        what = "backbone" if table is BACKBONE else "transformer"
+        raise WeightsError(f"the encoder {path} does not fit the detector's {what}: {odd}")
     model.load_state_dict(backbone, strict=False)
 
 

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from babelrs_geo.models.adapter import AdapterConfig, Interaction, ViTAdapter
+from babelrs_geo.models.adapter import AdapterConfig, ViTAdapter
 from babelrs_geo.models.fpn import SharedFPN
 from babelrs_geo.models.gfl import GFLConfig, GFLHead, HorizontalTarget
 from babelrs_geo.models.oriented_rcnn import OrientedRoI, OrientedRPN, OrientedTarget, RoIConfig, RPNConfig
@@ -78,15 +78,16 @@ class DetectorConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DetectorConfig:
         """The configuration from `to_dict`, also after a round through JSON."""
-        return _from_plain(cls, values)
+        return from_plain(cls, values)
 
 
-def _from_plain(kind: Any, values: Mapping[str, Any]) -> Any:
+def from_plain(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A configuration of dataclasses from plain values, also after a round through JSON."""
     hints = get_type_hints(kind)
     out = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            value = _from_plain(hints[name], value)
+            value = from_plain(hints[name], value)
         elif isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, Mapping):
@@ -166,9 +167,7 @@ class Detector(nn.Module):
 
         Losses and gradients stay the same.
         """
-        for part in self.backbone.modules():
-            if isinstance(part, Interaction):
-                part.checkpointing = on
+        self.backbone.checkpoint_gradients(on)
 
     def oriented_heads(self, sensor: str) -> tuple[OrientedRPN, OrientedRoI]:
         """Proposal and box head of RGB or infrared."""

@@ -27,6 +27,7 @@ from babelrs_geo.models import checkpoints, official, zoo
 from babelrs_geo.models.checkpoints import Header, Start, differences
 from babelrs_geo.models.detector import Detector, DetectorConfig
 from babelrs_geo.models.official import LAYOUTS, PivotSizes, State
+from babelrs_geo.models.pivot import STEP
 from babelrs_geo.models.vit import ViTConfig
 
 Layout = Literal["official", "transformers", "vit"]
@@ -119,28 +120,44 @@ def export(
 ) -> int:
     """Write weights of ours as safetensors in published names, bit for bit; give the number of tensors.
 
+    An encoder (`vit`) keeps our header beside them: a detector can start from the file as it is.
+
     Raises WeightsError where the weights are none or have no such layout, OutputError as `import_weights`.
     """
     path = zoo.find(weights)
-    header = checkpoints.read(path)
+    header: Header | Start = checkpoints.read(path)
     target = _output(output, "", overwrite)
-    state = checkpoints.tensors(path)
     kind = header.kind if isinstance(header, Start) else "detector"
-    if kind == "vision-language" and layout == "official":
-        state = official.renamed(state, official.PIVOT, back=True)
-    elif kind == "vision-language" and layout == "vit":
-        state = official.vision_of(state)
-    elif layout == "transformers" and kind != "vision-language":
-        raise WeightsError(f"{path} ({kind}) has no layout in transformers; export it --as official")
-    elif layout == "vit" and kind == "detector":
-        raise WeightsError(f"{path} is a whole detector: its transformer was resized and is not exported")
+    metadata = {"name": header.name, "licence": header.licence}
+    if layout == "vit":
+        if kind == "detector":
+            raise WeightsError(f"{path} is a whole detector: its transformer was resized and is not exported")
+        encoder, state = checkpoints.read_encoder(path)
+        metadata[checkpoints.KEY] = encoder.to_json()  # a detector starts from the file as it is
+    else:
+        state = checkpoints.tensors(path)
+        if kind == "pivot":
+            state = {k: v for k, v in state.items() if k != STEP}
+        published = kind == "pivot" and set(header.architecture["encoder"]) == {"transformer"}
+        if kind == "backbone" or (kind == "pivot" and not published):
+            raise WeightsError(f"{path} ({kind}) has no published layout; export it --as vit")
+        if layout == "transformers" and kind in ("detector", "encoder"):
+            raise WeightsError(f"{path} ({kind}) has no layout in transformers; export it --as official")
+        if kind == "pivot" and layout == "transformers":
+            state = official.renamed(state, official.PIVOT)
+        elif kind == "vision-language" and layout == "official":
+            state = official.renamed(state, official.PIVOT, back=True)
     # transformers reads files only that say `format` pt
-    checkpoints.write(target, state, {"format": "pt", "name": header.name, "licence": header.licence})
+    checkpoints.write(target, state, {"format": "pt", **metadata})
     return len(state)
 
 
 def kind_of(path: Path, state: Mapping[str, Any]) -> str:
     """detector, encoder or vision-language, by the names of the tensors. Raises WeightsError for another."""
+    if any(key.startswith("spm.") for key in state):
+        raise WeightsError(
+            f"{path} is a backbone pretrained by babelrs-geo; start a detector from it as it is"
+        )
     for kind, beginnings in (
         ("vision-language", ("language_model.", "model.language_model.", "mlp1.")),
         ("detector", ("backbone.", "neck.")),

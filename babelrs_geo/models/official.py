@@ -43,6 +43,9 @@ ENCODER: Table = (
 """The pretrained ViT's 340 tensors and the detector's backbone; `UNUSED` has no place there."""
 UNUSED = ("embeddings.class_embedding",)
 
+BACKBONE: Table = (("{x}", "backbone.{x}"),)
+"""A pretrained backbone, stem and all, and the detector's."""
+
 _VISION: Table = (
     ("embeddings.class_embedding", "embeddings.cls_token"),
     ("embeddings.position_embedding", "embeddings.position_embeddings"),
@@ -82,8 +85,10 @@ LAYOUTS: Mapping[str, tuple[str, Table]] = {
 }
 """Layouts of a vision-language checkpoint: what their encoder's names begin with, and their table."""
 
-INTERNVIT = ViTConfig(image_size=448, patch=14)
-"""The published encoder before the detector: 448 px, patches of 14, 304,012,288 values with its class token."""
+INTERNVIT = ViTConfig(image_size=448, patch=14, class_token=True, drop_path=0.1)
+"""The published encoder before the detector: 448 px, patches of 14, 304,012,288 values with its class token, and the
+drop path of its pretraining.
+"""
 
 LICENCE = "CC BY-NC 4.0"
 """Of the published BabelRS weights: attribution, no commercial use."""
@@ -220,15 +225,15 @@ def vision_of(pivot: Mapping[str, Tensor]) -> State:
     return {k.removeprefix("vision_model."): v for k, v in renamed(vision, PIVOT, back=True).items()}
 
 
-def backbone_of(encoder: Mapping[str, Tensor], vit: ViTConfig) -> State:
-    """An encoder in the published names as the tensors `backbone.*` of a detector, in float32.
+def backbone_of(encoder: Mapping[str, Tensor], vit: ViTConfig, table: Table = ENCODER) -> State:
+    """An encoder in the names on the left of `table` as the tensors `backbone.*` of a detector, in float32.
 
     Its position table and patch kernel are resized to those of `vit`: bicubic, in float32, the kernel without
     a correction of its sum (a kernel of 14 px becomes 1.31 times stronger at 16). The table is rounded back
     to the file's precision, as in the original.
     """
     kept = {k: v for k, v in encoder.items() if k not in UNUSED}
-    out = {k: v.float() for k, v in renamed(kept, ENCODER).items()}
+    out = {k: v.float() for k, v in renamed(kept, table).items()}
     for name, resize, side in (
         ("position_embedding", _positions, vit.image_size // vit.patch),
         ("patch_embedding.weight", _kernel, vit.patch),
