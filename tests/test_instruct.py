@@ -27,7 +27,7 @@ from babelrs_geo.boxes import bounds
 from babelrs_geo.chips import ChipOptions, cut_chips, open_chip, read_index
 from babelrs_geo.concepts import concept, counted, indefinite, plural
 from babelrs_geo.datasets.instruct import TASKS, Corpus, InstructOptions, boxes_in, write_corpus
-from babelrs_geo.datasets.instruct.labelled import LabelledImage, Source, frames, labelled
+from babelrs_geo.datasets.instruct.labelled import LabelledImage, Source, absence_weights, frames, labelled
 from babelrs_geo.datasets.instruct.questions import boxes_text
 from babelrs_geo.datasets.instruct.sheet import ANSWERED, ASKED, write_sheet
 from babelrs_geo.datasets.instruct.writing import ask
@@ -144,7 +144,7 @@ def images(draw) -> LabelledImage:
         for a, b, c, d, name in rows
         if abs(a - c) * width > 1e-6 and abs(b - d) * height > 1e-6
     ]
-    shares = {thing: draw(st.floats(0, 1)) for thing in known}
+    weights = {thing: draw(st.floats(1e-9, 1)) for thing in known}
     sensor, empty = draw(st.sampled_from(list(SENSORS))), draw(st.floats(0, 1))
     return LabelledImage(
         draw(st.text(string.ascii_letters, min_size=1)),
@@ -152,7 +152,7 @@ def images(draw) -> LabelledImage:
         (width, height),
         np.array([box for _, box in found]).reshape(-1, 4),
         tuple(name for name, _ in found),
-        Source(sensor, shares, empty),
+        Source(sensor, weights, empty),
         complete=draw(st.sampled_from([True, True, True, False])),
     )
 
@@ -164,7 +164,7 @@ def test_answers_are_what_the_labels_say(image, seed, per_image, most):
     records = ask(image, Path("/data"), options)
     assert len(records) <= per_image and records
     for record in records:
-        judge(record, objects_of(image), list(image.source.shares), most)
+        judge(record, objects_of(image), list(image.source.weights), most)
         assert record["image"] == "x.png" and record["sensor"] == image.source.sensor
         assert image.complete or record["task"] in ("refer", "sensor")
     texts = [record["conversations"][0]["value"] for record in records]
@@ -335,11 +335,23 @@ def test_presence_and_absence_are_asked_for_equally_often(data):
             options = InstructOptions(per_image=1, tasks=("presence",), seed=seed)
             for record in ask(image, data, options):
                 human, gpt = (turn["value"] for turn in record["conversations"])
-                key = (image.source.sensor, *asked_for(human, list(image.source.shares)))
+                key = (image.source.sensor, *asked_for(human, list(image.source.weights)))
                 total[key] += 1
                 yes[key] += gpt == "Yes."
     assert 0.45 < sum(yes.values()) / sum(total.values()) < 0.55
     assert all(0.3 < yes[key] / total[key] < 0.7 for key in total), {k: yes[k] / total[k] for k in total}
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_weights_of_absence_are_positive_numbers_and_ask_as_often_as_there_is(rows):
+    there = np.array(rows, bool).reshape(-1, 3)
+    weights = absence_weights(there)
+    assert np.isfinite(weights).all() and (weights > 0).all()
+    seen = np.repeat(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], bool), (20, 18, 15, 4), axis=0)
+    lacking = ~seen * absence_weights(seen)
+    no = (lacking / lacking.sum(1, keepdims=True)).mean(0)
+    np.testing.assert_allclose(no, (seen / seen.sum(1, keepdims=True)).mean(0), atol=0.01)
 
 
 def test_frames_with_a_border_and_other_readers(tmp_path):

@@ -29,8 +29,8 @@ class Source:
     """What the labels of one sensor of one data set tell: all else may be in the images too."""
 
     sensor: str
-    shares: Mapping[str, float]
-    """The concepts that are labelled, sorted, with the share of the images that show each."""
+    weights: Mapping[str, float]
+    """The concepts that are labelled, sorted, each with the weight by which it is asked for where it is not."""
     empty: float
     """Share of the images that show none of them."""
     classes: frozenset[str] = frozenset()
@@ -205,15 +205,37 @@ def _images(
     complete: Sequence[bool],
     about: tuple[str, dict[str, str]],
 ) -> list[LabelledImage]:
-    """The images with their source, whose shares are those of the complete ones. `about` is the sensor, and the
+    """The images with their source, which follows from the complete ones. `about` is the sensor, and the
     concept of each class.
     """
     sensor, things_of = about
-    sets = [set(things) for (_, things), whole in zip(shown, complete, strict=True) if whole]
-    count = max(1, len(sets))
-    shares = {t: sum(t in each for each in sets) / count for t in sorted(set(things_of.values()))}
-    source = Source(sensor, shares, sum(not each for each in sets) / count, frozenset(things_of))
+    known = sorted(set(things_of.values()))
+    rows = [things for (_, things), whole in zip(shown, complete, strict=True) if whole]
+    there = np.array([[thing in things for thing in known] for things in rows]).reshape(-1, len(known))
+    empty = float(np.mean(~there.any(1))) if len(there) else 0.0
+    weights = dict(zip(known, absence_weights(there).tolist(), strict=True))
+    source = Source(sensor, weights, empty, frozenset(things_of))
     return [
         LabelledImage(name, path, size, boxes, things, source, whole)
         for name, path, size, (boxes, things), whole in zip(names, paths, sizes, shown, complete, strict=True)
     ]
+
+
+def absence_weights(there: NDArray[np.bool_], rounds: int = 30) -> NDArray[np.float64]:
+    """Weights (K,) by which to draw one of the concepts that an image lacks, `there` (N, K) saying which it has.
+
+    Where a concept that an image has is drawn evenly for a question with yes, and one that it lacks by these weights
+    for a question with no, each concept is asked for as often with either, as far as that can be: found by
+    proportional fitting. A concept that no image has keeps next to no weight.
+    """
+    mixed = there[there.any(1) & ~there.all(1)]
+    present = (mixed / np.maximum(mixed.sum(1, keepdims=True), 1)).sum(0)
+    target = present / max(present.sum(), 1.0)
+    lacking = (~there[~there.all(1)]).astype(np.float64)
+    weights = np.full(there.shape[1], 1.0)
+    for _ in range(rounds):
+        drawn = lacking * weights
+        asked = (drawn / np.maximum(drawn.sum(1, keepdims=True), 1e-12)).sum(0)
+        weights = np.maximum(weights * target / np.maximum(asked / max(len(lacking), 1), 1e-12), 1e-9)
+        weights = np.minimum(weights / weights.mean(), 1e9)
+    return weights

@@ -118,7 +118,7 @@ def boxes_in(text: str) -> list[tuple[int, int, int, int]]:
 
 def classes(image: LabelledImage, rng: Random, most: int) -> Asked | None:
     """Which concepts there are, openly or out of some that are offered."""
-    there, known = Counter(image.concepts), list(image.source.shares)
+    there, known = Counter(image.concepts), list(image.source.weights)
     if len(known) > 1 and (not there or rng.random() < 0.5):
         offered = rng.sample(known, min(len(known), _AMONG_MOST))
         seen = [thing for thing in offered if there[thing]]
@@ -143,7 +143,7 @@ def presence(image: LabelledImage, rng: Random, most: int) -> Asked | None:
     there, absent = sorted(set(image.concepts)), _absent(image)
     # Images without objects are always answered with no: the others make up for it.
     yes = bool(there) and rng.random() < min(1.0, 0.5 / max(1 - image.source.empty, 1e-9))
-    if absent and len(image.source.shares) > 1 and rng.random() < 0.5:
+    if absent and len(image.source.weights) > 1 and rng.random() < 0.5:
         thing = rng.choice(there) if yes else _draw_absent(image, absent, rng)
         text, subject = rng.choice(_PRESENCE), f"image {thing}"
         box = ""
@@ -241,15 +241,12 @@ def _kinds(there: Counter[str], things: Iterable[str]) -> str:
 def _absent(image: LabelledImage) -> list[str]:
     """Concepts that would be labelled, and are not there."""
     there = set(image.concepts)
-    return [thing for thing in image.source.shares if thing not in there]
+    return [thing for thing in image.source.weights if thing not in there]
 
 
 def _draw_absent(image: LabelledImage, absent: Sequence[str], rng: Random) -> str:
-    """One of them. By the odds that it is there: each concept is then asked for as often where it is not as where
-    it is, and no answer follows from its name.
-    """
-    shares = [min(max(image.source.shares[thing], 0.01), 0.99) for thing in absent]
-    return rng.choices(absent, [share / (1 - share) for share in shares])[0]
+    """One of them, so that no answer follows from its name."""
+    return rng.choices(absent, [image.source.weights[thing] for thing in absent])[0]
 
 
 def _there_or_not(image: LabelledImage, rng: Random) -> str | None:
