@@ -118,8 +118,7 @@ def gcps(setting: Setting) -> Report:
 
 def infrared_mosaic(setting: Setting) -> Report:
     """Radiometric mosaic against 8-bit frames."""
-    source = setting.data / "soi_mini" / "DroneVehicle" / "dota_val"
-    return infrared.compare(source, setting.weights, setting.pictures, setting.frames)
+    return infrared.compare(setting.data / "soi_mini", setting.weights, setting.pictures, setting.frames)
 
 
 def airbus_aircraft(setting: Setting) -> Report:

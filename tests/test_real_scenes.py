@@ -199,29 +199,30 @@ def test_twice_counts_overlap_and_containment_of_one_class():
 @pytest.fixture
 def frames(tmp_path):
     """Two frames of different size that hold every byte."""
-    (tmp_path / "images").mkdir()
-    (tmp_path / "annfiles").mkdir()
+    folder = tmp_path / "DroneVehicle" / "dota_val"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annfiles").mkdir()
     for name, (height, width) in {"a": (16, 32), "b": (32, 24)}.items():
         image = (np.arange(height * width) % 256).astype(np.uint8).reshape(1, height, width)
-        path = tmp_path / "images" / f"{name}.png"
+        path = folder / "images" / f"{name}.png"
         with rasterio.open(
             path, "w", driver="PNG", width=width, height=height, count=1, dtype="uint8"
         ) as out:
             out.write(image)
-        (tmp_path / "annfiles" / f"{name}.txt").write_text("2 2 12 2 12 6 2 6 car 0\n")
+        (folder / "annfiles" / f"{name}.txt").write_text("2 2 12 2 12 6 2 6 car 0\n")
     return infrared.read_frames(tmp_path, ("person", "car"))
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_centikelvin_maps_back_to_the_bytes(frames, tmp_path):
     path = tmp_path / "mosaic.tif"
-    infrared.write_mosaic(path, frames, 0.2, centikelvin=True)
+    infrared.write_frames(path, frames, 0.2, centikelvin=True)
     options = SceneOptions(units="centikelvin", limits=infrared.LIMITS_CK)
     with open_scene(path, "ir", options) as scene:
         assert scene.gsd == pytest.approx(0.2, rel=0.01)
         whole = scene.read((0, 0, scene.width, scene.height))
         for frame in frames:
-            with rasterio.open(frame.path) as source:
+            with rasterio.open(frame.record.path) as source:
                 byte = source.read(1)
             window = np.s_[frame.y : frame.y + frame.height, frame.x : frame.x + frame.width]
             np.testing.assert_allclose(whole.image[0][window], byte / 255, atol=1e-6)
@@ -232,7 +233,7 @@ def test_centikelvin_maps_back_to_the_bytes(frames, tmp_path):
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_the_mosaic_of_bytes_holds_the_same_ground(frames, tmp_path):
     path = tmp_path / "mosaic.tif"
-    infrared.write_mosaic(path, frames, 0.2, centikelvin=False)
+    infrared.write_frames(path, frames, 0.2, centikelvin=False)
     with open_scene(path, "ir", infrared.AS_IT_IS) as scene:
         whole = scene.read((0, 0, scene.width, scene.height))
     assert whole.valid.sum() == sum(f.width * f.height for f in frames)
@@ -242,10 +243,11 @@ def test_the_mosaic_of_bytes_holds_the_same_ground(frames, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_detections_of_the_mosaic_go_back_to_their_frames(frames):
-    placed = Detections.concatenate([f.truth.shift(f.x, f.y) for f in frames])
+    truths = [infrared.truth(f, ("person", "car")) for f in frames]
+    placed = Detections.concatenate([t.shift(f.x, f.y) for t, f in zip(truths, frames, strict=True)])
     back = infrared.by_frame(placed, frames)
-    for frame, found in zip(frames, back, strict=True):
-        np.testing.assert_allclose(found.boxes, frame.truth.boxes)
+    for truth, found in zip(truths, back, strict=True):
+        np.testing.assert_allclose(found.boxes, truth.boxes)
     assert len(infrared.by_frame(placed.shift(-40, -40), frames)[0]) == 0
 
 

@@ -7,9 +7,6 @@ square turned by 45 degrees has .7 with its twin upright, and neighbouring aircr
 
 from __future__ import annotations
 
-import ast
-import csv
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +15,7 @@ from numpy.typing import NDArray
 
 from babelrs_geo import DetectOptions, detect, open_scene
 from babelrs_geo import boxes as bx
+from babelrs_geo.datasets.airbus import CLASS, read_airbus
 from real.pictures import Layer, draw
 
 if TYPE_CHECKING:
@@ -27,20 +25,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-PLANE = "plane"
 FIT_IOU = 0.3
 TWICE = 0.5
 LOST_SHARE = 0.01
-
-
-def read_annotations(folder: Path) -> dict[str, Floats]:
-    """Upright boxes (N, 5) by image name."""
-    rows: dict[str, list[Floats]] = defaultdict(list)
-    with (folder / "annotations.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            corners = np.asarray(ast.literal_eval(row["geometry"]), np.float64)
-            rows[row["image_id"]].append(np.concatenate([corners.min(axis=0), corners.max(axis=0)]))
-    return {name: bx.from_xyxy(np.stack(xyxy)) for name, xyxy in sorted(rows.items())}
 
 
 def twice(found: Detections) -> int:
@@ -57,7 +44,7 @@ def twice(found: Detections) -> int:
 
 def hit(found: Detections, truth: Floats) -> NDArray[np.bool_]:
     """Which of the annotated aircraft (N, 5) some detected plane fits."""
-    planes = found.boxes[found.class_names == PLANE]
+    planes = found.boxes[found.class_names == CLASS]
     if not len(planes):
         return np.zeros(len(truth), bool)
     fits: NDArray[np.bool_] = np.any(bx.rotated_iou(planes, truth) >= FIT_IOU, axis=0)
@@ -80,22 +67,23 @@ def compare(folder: Path, weights: Weights, pictures: Path) -> dict[str, Any]:
     """All scenes: pairs reported twice, aircraft lost by tiling, and recall beside them."""
     options = DetectOptions()
     doubles = windowed = tiled = lost = gained = detected = aircraft = 0
-    for name, truth in read_annotations(folder).items():
-        with open_scene(folder / name, "rgb") as scene:
+    for record in read_airbus(folder):
+        truth = record.boxes
+        with open_scene(record.path, "rgb") as scene:
             found = detect(scene, weights, options).detections
             side = options.tile or weights.header.tile
             in_tiles, in_window = hit(found, truth), hit_in_window(scene, weights, truth, side)
             image = scene.read((0, 0, scene.width, scene.height)).image
         doubles += twice(found)
         aircraft += len(truth)
-        detected += int((found.class_names == PLANE).sum())
+        detected += int((found.class_names == CLASS).sum())
         windowed += int(in_window.sum())
         tiled += int(in_tiles.sum())
         lost += int((in_window & ~in_tiles).sum())
         gained += int((in_tiles & ~in_window).sum())
         texts = [f"{c} {s:.2f}" for c, s in zip(found.class_names, found.scores, strict=True)]
         layers = [Layer(truth, "lime"), Layer(found.boxes, "red", texts)]
-        draw(pictures / f"airbus_{Path(name).stem[:8]}.png", image, (0, 0), layers, 0.5)
+        draw(pictures / f"airbus_{record.path.stem[:8]}.png", image, (0, 0), layers, 0.5)
     return {
         "aircraft": aircraft,
         "planes_detected": detected,

@@ -12,16 +12,14 @@ frame with detection on the frames themselves:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import rasterio
-from rasterio.transform import from_origin
 
 from babelrs_geo import DetectOptions, detect, open_scene
-from babelrs_geo import boxes as bx
+from babelrs_geo.datasets.mosaics import Assigned, Placed, lay_out, write_mosaic
+from babelrs_geo.datasets.soi import read_split
 from babelrs_geo.detections import Detections
 from babelrs_geo.metrics import average_precision
 from babelrs_geo.scenes import SceneOptions
@@ -44,99 +42,33 @@ JUDGED = ("person", "car", "bicycle")
 ALLOWED = 0.01
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One labelled image and where it lies in the mosaic."""
-
-    path: Path
-    truth: Detections
-    x: int
-    y: int
-    width: int
-    height: int
-
-
-def read_frames(
-    folder: Path, classes: tuple[str, ...], limit: int | None = None, gap: int = 0
-) -> list[Frame]:
-    """Frames with their DOTA labels, laid out row by row on a near-square grid of cells with `gap` pixels between.
+def read_frames(root: Path, classes: tuple[str, ...], limit: int | None = None, gap: int = 0) -> list[Placed]:
+    """Val frames of a folder in SOI-Det's layout, laid out with `gap` pixels between.
 
     With a `limit` that many are taken, evenly spread over the file names, which go by time of day and height.
-    Raises FileNotFoundError where a frame has no label file, ValueError for a class that is not in `classes`.
     """
-    paths = sorted((folder / "images").iterdir())
-    if limit is not None and limit < len(paths):
-        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, limit).astype(int)]
-    sizes = []
-    for path in paths:
-        with rasterio.open(path) as source:
-            sizes.append((source.width, source.height))
-    columns = int(np.ceil(np.sqrt(len(paths))))
-    cell = np.max(sizes, axis=0) + gap
-    frames = []
-    for i, (path, (width, height)) in enumerate(zip(paths, sizes, strict=True)):
-        row, column = divmod(i, columns)
-        truth = read_dota(folder / "annfiles" / f"{path.stem}.txt", classes)
-        frames.append(
-            Frame(path, truth, gap + int(column * cell[0]), gap + int(row * cell[1]), width, height)
-        )
-    return frames
+    records = read_split(root, "ir", "val", classes)
+    if limit is not None and limit < len(records):
+        records = [records[i] for i in np.linspace(0, len(records) - 1, limit).astype(int)]
+    return lay_out(records, gap)
 
 
-def read_dota(path: Path, classes: tuple[str, ...]) -> Detections:
-    """A DOTA label file (eight coordinates, class, difficulty a line) as detections of score 1."""
-    quads, labels = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        parts = line.split()
-        if len(parts) >= 9:
-            quads.append(np.array(parts[:8], np.float64).reshape(4, 2))
-            labels.append(classes.index(parts[8]))
-    if not quads:
-        return Detections.empty(classes, True)
-    return Detections(
-        bx.from_corners(np.stack(quads)),
-        np.ones(len(quads), np.float32),
-        np.array(labels, np.int64),
-        classes,
-        True,
-    )
+def truth(frame: Placed, classes: tuple[str, ...]) -> Detections:
+    """A frame's labels as detections of score 1."""
+    boxes, labels = frame.record.boxes, frame.record.labels
+    return Detections(boxes, np.ones(len(boxes), np.float32), labels, classes, True)
 
 
-def write_mosaic(path: Path, frames: list[Frame], gsd: float, centikelvin: bool) -> None:
-    """All frames in one tiled GeoTIFF with an assigned georeference of `gsd` metres a pixel.
-
-    16-bit centikelvin with nodata 0 in the gaps, or the frames' own bytes with a mask that leaves them out
-    (0 is a byte like any other there).
-    """
-    margin = min(f.x for f in frames)
-    width = max(f.x + f.width for f in frames) + margin
-    height = max(f.y + f.height for f in frames) + margin
-    mosaic = np.zeros((height, width), np.uint16 if centikelvin else np.uint8)
-    held = np.zeros(mosaic.shape, bool)
-    for frame in frames:
-        with rasterio.open(frame.path) as source:
-            byte = source.read(1)
-        here = np.s_[frame.y : frame.y + frame.height, frame.x : frame.x + frame.width]
-        held[here] = True
-        mosaic[here] = LAW_OFFSET_CK + LAW_STEP_CK * byte.astype(np.uint16) if centikelvin else byte
-    profile = {
-        "driver": "GTiff",
-        "width": width,
-        "height": height,
-        "count": 1,
-        "dtype": mosaic.dtype.name,
-        "crs": MOSAIC_CRS,
-        "transform": from_origin(*CORNER_M, gsd, gsd),
-        "tiled": True,
-        "compress": "deflate",
-    } | ({"nodata": 0} if centikelvin else {})
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile) as out:
-        out.write(mosaic, 1)
-        if not centikelvin:
-            out.write_mask(held)
+def write_frames(path: Path, frames: list[Placed], gsd: float, centikelvin: bool) -> None:
+    """The mosaic: 16-bit centikelvin with nodata 0, or the frames' own bytes."""
+    ground = Assigned(crs=MOSAIC_CRS, corner=CORNER_M, gsd=gsd)
+    if centikelvin:
+        write_mosaic(path, frames, ground, lambda v: LAW_OFFSET_CK + LAW_STEP_CK * v.astype(np.uint16), 0)
+    else:
+        write_mosaic(path, frames, ground)
 
 
-def by_frame(found: Detections, frames: list[Frame]) -> list[Detections]:
+def by_frame(found: Detections, frames: list[Placed]) -> list[Detections]:
     """Detections of the mosaic in each frame's own pixels, by their centres; the gaps' are left out."""
     x, y = found.boxes[:, 0], found.boxes[:, 1]
     return [
@@ -155,17 +87,17 @@ def compare(folder: Path, weights: Weights, pictures: Path, limit: int | None = 
     report: dict[str, Any] = {"frames": len(frames)}
     alone = []
     for frame in frames:
-        with open_scene(frame.path, "ir", AS_IT_IS) as scene:
+        with open_scene(frame.record.path, "ir", AS_IT_IS) as scene:
             alone.append(detect(scene, weights, options).detections)
     report["frames_8bit"] = _ap50(alone, frames)
     wide = pictures / "infrared_centikelvin.tif"
-    write_mosaic(wide, frames, gsd, centikelvin=True)
+    write_frames(wide, frames, gsd, centikelvin=True)
     narrow = pictures / "infrared_8bit.tif"
-    write_mosaic(narrow, frames, gsd, centikelvin=False)
+    write_frames(narrow, frames, gsd, centikelvin=False)
     fixed = SceneOptions(units="centikelvin", limits=LIMITS_CK)
     apart = read_frames(folder, classes, limit, GAP_PX)
     spread = pictures / "infrared_apart.tif"
-    write_mosaic(spread, apart, gsd, centikelvin=True)
+    write_frames(spread, apart, gsd, centikelvin=True)
     runs = {
         "mosaic_8bit": (narrow, AS_IT_IS, frames),
         "mosaic_fixed": (wide, fixed, frames),
@@ -189,9 +121,10 @@ def compare(folder: Path, weights: Weights, pictures: Path, limit: int | None = 
     return report
 
 
-def _ap50(found: list[Detections], frames: list[Frame]) -> dict[str, Any]:
+def _ap50(found: list[Detections], frames: list[Placed]) -> dict[str, Any]:
     """AP50 by class, and its mean over the classes that are judged."""
-    measured = average_precision(found, [frame.truth for frame in frames], thresholds=(0.5,))
+    there = [truth(frame, found[0].classes) for frame in frames]
+    measured = average_precision(found, there, thresholds=(0.5,))
     ap: dict[str, float] = dict(
         zip(measured.classes, np.asarray(measured.ap, np.float64)[:, 0].tolist(), strict=True)
     )
@@ -200,13 +133,15 @@ def _ap50(found: list[Detections], frames: list[Frame]) -> dict[str, Any]:
     return by_class | {"mean": round(float(np.nanmean([ap[name] for name in JUDGED])), 4)}
 
 
-def _picture(path: Path, scene: Scene, frames: list[Frame], found: Detections, weights: Weights) -> None:
+def _picture(path: Path, scene: Scene, frames: list[Placed], found: Detections, weights: Weights) -> None:
     """The first four frames of the mosaic, labels green, what the stored thresholds report red."""
     thresholds = weights.header.thresholds["ir"]
     sure = found[np.array([s >= thresholds[c] for c, s in zip(found.class_names, found.scores, strict=True)])]
     row = [f for f in frames if f.y == frames[0].y][:4]
     margin = row[0].x
     window = (0, 0, row[-1].x + row[-1].width + margin, row[0].y + row[0].height + margin)
-    truth = np.concatenate([f.truth.shift(f.x, f.y).boxes for f in row])
+    marked = np.concatenate([truth(f, found.classes).shift(f.x, f.y).boxes for f in row])
     texts = [f"{c} {s:.2f}" for c, s in zip(sure.class_names, sure.scores, strict=True)]
-    draw(path, scene.read(window).image, (0, 0), [Layer(truth, "lime"), Layer(sure.boxes, "red", texts)], 0.6)
+    draw(
+        path, scene.read(window).image, (0, 0), [Layer(marked, "lime"), Layer(sure.boxes, "red", texts)], 0.6
+    )
