@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -493,7 +494,9 @@ def test_resizing_normalising_and_padding_are_the_official_ones() -> None:
 
 
 if __name__ == "__main__":
-    code = pytest.main([__file__, "-q", "-p", "no:cacheprovider"])
+    beside = ("parity", "pivot", "pivot_weights", "conversation", "dynamic_tiles")
+    files = [str(Path(__file__).with_name(f"test_{each}.py")) for each in beside]
+    code = pytest.main([*files, "-q", "-m", "shared", "-p", "no:cacheprovider"])
     print("\n| golden file | subject | relative error |\n|---|---|---|")
     for (file, subject), error in sorted(WORST.items()):
         print(f"| {file} | {subject} | {error:.1e} |")

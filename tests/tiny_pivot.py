@@ -24,6 +24,7 @@ QWEN = {
     "intermediate_size": 48,
     "vocab_size": 272,
     "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "tie_word_embeddings": False,
 }
 INTERNVIT = PivotConfig(

@@ -15,6 +15,7 @@ so that what is pretrained goes over bit for bit, and transformers' has no drop 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -71,7 +72,7 @@ class PivotConfig:
         """Image tokens of a tile of `side` x `side` pixels. Raises ParameterError for a side that does not fit."""
         step = self.vit.patch * self.shuffle
         if isinstance(self.encoder, AdapterConfig):
-            step = max(step, 32)  # the pyramid's coarsest stride
+            step = math.lcm(step, 32)  # the pyramid's coarsest stride
         if side < step or side % step:
             raise ParameterError(f"tiles have {side} px; this encoder takes multiples of {step} px")
         return (side // self.vit.patch // self.shuffle) ** 2
