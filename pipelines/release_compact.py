@@ -9,19 +9,19 @@ Everything the header and the card say of the weights is measured here, or was k
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from babelrs_geo.evaluation import without_transformer
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.checkpoints import Header
 from babelrs_geo.models.detector import Detector
 from babelrs_geo.training.data import sources
-from babelrs_geo.training.recipe import Recipe, from_plain
+from babelrs_geo.training.recipe import Recipe, read
+from babelrs_geo.training.run import RECIPE
 from babelrs_geo.training.validation import LEAST_SCORE, Verdict, judge
 
 CARD = Path(__file__).with_name("model_card.md")
@@ -149,7 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", default="best", choices=["best", "final"], help="which of the run's")
     args = parser.parse_args(arguments)
     model, header = checkpoints.load(args.run / f"{args.weights}.safetensors")
-    recipe: Recipe = from_plain(Recipe, yaml.safe_load(header.training["config"]))
+    if "data_sha256" not in header.training:
+        sys.exit(
+            f"{args.run} does not say which data and how many minutes it took; train it with this version"
+        )
+    recipe = read(args.run / RECIPE)
     released = replace(measure(model, header, recipe, args.data), name=args.name)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoints.save(args.out / f"{args.name}.safetensors", model, released)

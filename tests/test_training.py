@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,13 @@ import pytest
 import torch
 from test_datasets import write_soi
 from tiny_model import TINY
-from tiny_recipe import tiny_recipe
+from tiny_recipe import write_recipe
 
 from babelrs_geo.datasets.soi import Record, read_split
 from babelrs_geo.evaluation import evaluate, without_transformer
 from babelrs_geo.models.detector import Detector
 from babelrs_geo.training import parameter_groups, schedule
-from babelrs_geo.training.recipe import Phase, Recipe, from_plain
+from babelrs_geo.training.recipe import Phase, read
 from babelrs_geo.training.run import Place, fit
 
 PHASE = Phase(steps=100, warmup=10, cooldown=20, quota={}, views={})
@@ -37,13 +36,9 @@ def start() -> Detector:
 
 def test_losses_fall(tmp_path: Path) -> None:
     write_soi(tmp_path / "soi")
-    recipe: Recipe = from_plain(Recipe, tiny_recipe(25))
-    quick = {"gradients_every": 0, "checkpoint_minutes": 60.0}
-    fit(
-        replace(recipe, run=replace(recipe.run, **quick)),
-        [tmp_path / "soi"],
-        Place(folder=tmp_path / "run", device="cpu"),
-    )
+    quick = ["run.gradients_every=0", "run.checkpoint_minutes=60"]
+    recipe = read(write_recipe(tmp_path / "tiny.yaml", steps=25), quick)
+    fit(recipe, [tmp_path / "soi"], Place(folder=tmp_path / "run", device="cpu"))
     with (tmp_path / "run" / "log.csv").open(newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
     assert len(losses) == 25
