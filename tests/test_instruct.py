@@ -182,6 +182,16 @@ def test_boxes_come_back_from_text_within_a_thousandth(image):
     assert (back[:, 2:] > back[:, :2]).all() and (back >= 0).all() and (back <= 1000).all()
 
 
+def test_what_could_as_well_be_another_thing_is_not_referred_to():
+    boxes = np.array([[10.0, 10, 50, 50], [12, 10, 52, 50], [60, 60, 90, 90], [61, 60, 90, 90]])
+    things = ("car", "ship", "ship", "ship")
+    source = Source("sar", {"car": 1.0, "ship": 1.0}, 0.0)
+    image = LabelledImage("x", Path("/data/x.png"), (100, 100), boxes, things, source)
+    records = ask(image, Path("/data"), InstructOptions(tasks=("refer",), per_image=30))
+    asked = {box for record in records for box in boxes_in(record["conversations"][0]["value"])}
+    assert asked == {(600, 600, 900, 900), (610, 600, 900, 900)}
+
+
 def test_a_phrase_of_the_reference_and_its_box():
     """The golden conversation: `<image>` and a line break first, then a box in double brackets."""
     assert boxes_in("<image>\nWhat is visible in the area <box>[[294, 46, 35, 69]]</box>?") == [
