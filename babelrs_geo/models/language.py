@@ -105,8 +105,7 @@ def load(source: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe, **where)
     except Exception as cause:  # whatever a damaged file makes transformers raise
         raise WeightsError(f"{path} is no causal language model that can be read ({_line(cause)})") from cause
-    model.eval()
-    return model, tokenizer
+    return model.train(False), tokenizer
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -180,7 +179,7 @@ def with_lora(model: nn.Module, options: LoRA) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
-        model,  # type: ignore[arg-type]  # any model of transformers
+        model,
         LoraConfig(
             r=options.rank,
             lora_alpha=options.alpha,
