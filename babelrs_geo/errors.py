@@ -7,7 +7,7 @@
     ├── LabelError       (ValueError)  vectors, labels or an area of interest cannot be used
     ├── ParameterError   (ValueError)  an option is out of range or contradicts another
     ├── WeightsError     (ValueError)  a checkpoint is missing, damaged, or lacks what was asked of it
-    ├── TrainingError    (ArithmeticError)  training cannot go on: a loss or a gradient is no number
+    ├── TrainingError    (ArithmeticError)  training cannot go on: no number for a loss, or lost workers
     └── OutputError      (OSError)     a result cannot be written where it was asked for
 
 Each leaf also inherits the standard exception a caller would expect, so `except OSError` and `except ValueError`
@@ -44,7 +44,7 @@ class WeightsError(BabelError, ValueError):
 
 
 class TrainingError(BabelError, ArithmeticError):
-    """Training cannot go on: a loss or a gradient is no number."""
+    """Training cannot go on: a loss or a gradient is no number, or a process that reads data was lost."""
 
 
 class OutputError(BabelError, OSError):

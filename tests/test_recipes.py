@@ -22,8 +22,9 @@ from babelrs_geo.errors import ParameterError
 from babelrs_geo.models import checkpoints, zoo
 from babelrs_geo.models.detector import COMPACT, DetectorConfig
 from babelrs_geo.training import LayerDecay, StepSchedule
-from babelrs_geo.training.recipe import Recipe, differing, from_plain, names, read, to_plain, write
+from babelrs_geo.training.recipe import Recipe, names, read
 from babelrs_geo.training.run import configuration
+from babelrs_geo.training.settings import differing, from_plain, to_plain, write
 
 
 def test_the_command_line_offers_what_there_is() -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +36,11 @@ from babelrs_geo.datasets.seeding import generator
 from babelrs_geo.errors import LabelError, ParameterError, SceneError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
 from babelrs_geo.training import step_schedule
-from babelrs_geo.training.data import Batches, Look, TrainingData
-from babelrs_geo.training.recipe import Recipe, from_plain, read, to_plain
+from babelrs_geo.training.data import Look, TrainingData
+from babelrs_geo.training.loading import Batches
+from babelrs_geo.training.recipe import Recipe, read
 from babelrs_geo.training.run import Place, Trained, build, configuration, fit
+from babelrs_geo.training.settings import from_plain, to_plain
 from babelrs_geo.vectors.labels import read_labels
 
 # Python 3.12 warns where a loader's workers are forked from a process with threads
@@ -143,6 +146,63 @@ def test_a_run_of_so_many_minutes_stops_by_itself(soi: Path, tmp_path: Path) -> 
     assert (tmp_path / "last.ckpt").is_file()
 
 
+def test_a_lost_worker_ends_the_batches_of_a_run_that_was_told_to_stop(
+    whole: Path, soi: Path, tmp_path: Path
+) -> None:
+    """As where a cluster ends all processes of a run at once: the step in hand is done and saved."""
+
+    def end_all(done: int, total: int) -> None:
+        if done == 2:
+            for worker in multiprocessing.active_children():
+                os.kill(int(worker.pid or 0), signal.SIGTERM)
+                worker.join()
+            signal.raise_signal(signal.SIGTERM)
+
+    how = recipe(run=run_part(workers=2, checkpoint_minutes=60))
+    stopped = run(tmp_path, soi, how, progress=end_all)
+    assert (stopped.step, stopped.stopped) == (2, True)
+    assert run(tmp_path, soi, how, resume=True).step == STEPS
+    assert_same(whole, tmp_path)
+
+
+def test_a_lost_worker_ends_a_run_that_nobody_stopped_in_one_line(soi: Path, tmp_path: Path) -> None:
+    def lose(done: int, total: int) -> None:
+        if done == 2:
+            os.kill(int(multiprocessing.active_children()[0].pid or 0), signal.SIGKILL)
+
+    how = recipe(40, run=run_part(workers=2))
+    with pytest.raises(TrainingError, match=r"^a process that reads data was lost \(DataLoader worker "):
+        run(tmp_path, soi, how, progress=lose)
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
+    assert kept >= 2
+    run(tmp_path, soi, how, resume=True, progress=lambda done, total: signal.raise_signal(signal.SIGINT))
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_stops_after_the_step_in_hand(soi: Path, tmp_path: Path) -> None:
+    how = {"run": run_part(workers=2, checkpoint_minutes=60)}
+    config, folder = write_recipe(tmp_path / "tiny.yaml", steps=4000, **how), tmp_path / "run"
+    with subprocess.Popen(
+        command(folder, soi, config),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while process.poll() is None and not (folder / "log.csv").exists():
+            time.sleep(0.05)
+        time.sleep(random.Random().uniform(0, 1))
+        os.killpg(process.pid, signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    step = int(torch.load(folder / "last.ckpt", weights_only=True)["global_step"])
+    assert told.splitlines() == [
+        f"babelrs-geo: error: stopped after step {step}: run the same with --resume auto, and it goes on"
+    ]
+    assert rows(folder)[-1]["step"] == str(step)
+    assert not drafts(folder)
+
+
 def command(folder: Path, soi: Path, config: Path, *more: str) -> list[str]:
     given = ["--config", str(config), "--data", str(soi), "-o", str(folder), "--device", "cpu"]
     return [sys.executable, "-m", "babelrs_geo", "train", *given, *more]
@@ -219,8 +279,9 @@ from tiny_recipe import tiny_recipe
 from babelrs_geo.datasets.samplers import Mixture
 from babelrs_geo.training.module import DetectorTraining
 from babelrs_geo.training import step_schedule
-from babelrs_geo.training.recipe import Recipe, from_plain, read, to_plain
+from babelrs_geo.training.recipe import Recipe, read
 from babelrs_geo.training.run import Place, fit
+from babelrs_geo.training.settings import from_plain, to_plain
 
 folder, draws = Path(sys.argv[3]), []
 read = Mixture.__getitem__
@@ -377,14 +438,14 @@ def test_the_published_pipeline_runs_and_draws_again_where_nothing_is_left(soi: 
     quota = {"sar": 2, "rgb": 1, "ir": 1}
     how = recipe(3, phases=[{"steps": 3, "quota": quota, "views": views}])
     data = TrainingData(how, configuration(how.model), [soi])
-    (batch, *_) = batches = list(Batches(data, lambda: 0, 0, 1))
+    (batch, *_) = batches = list(Batches(lambda: data.loaders(0)))
     assert len(batches) == 3
     assert [len(batch[s]["targets"]) for s in quota] == [2, 1, 1]
     assert batch["rgb"]["image"].shape == (1, 3, 96, 96)
     (target,) = batch["ir"]["targets"]
     assert target.labels.tolist() == [data.config.labels("ir").start + 1]
     assert target.size == (75, 96)
-    later = next(iter(Batches(data, lambda: 2, 0, 1)))
+    later = next(iter(Batches(lambda: data.loaders(2))))
     assert all(torch.equal(later[s]["image"], batches[2][s]["image"]) for s in quota)
     nothing = Look(Published(size=96, smallest=1000), data.learn["rgb"].samples, 0)
     with pytest.raises(LabelError, match="show no object"):

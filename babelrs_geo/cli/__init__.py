@@ -14,6 +14,7 @@ from babelrs_geo import __version__
 from babelrs_geo.cli.detect import detect_verb, info_verb
 from babelrs_geo.cli.evaluate import evaluate_verb
 from babelrs_geo.cli.instruct import instruct_verb
+from babelrs_geo.cli.pretrain import pretrain_verb
 from babelrs_geo.cli.program import PROGRAM, Program
 from babelrs_geo.cli.tile import tile_verb
 from babelrs_geo.cli.train import train_verb
@@ -26,7 +27,16 @@ def main() -> None:
     """Find objects in large SAR, infrared and RGB scenes and write them as vectors for QGIS."""
 
 
-for _verb in (detect_verb, info_verb, tile_verb, instruct_verb, train_verb, evaluate_verb, weights_group):
+for _verb in (
+    detect_verb,
+    info_verb,
+    tile_verb,
+    instruct_verb,
+    pretrain_verb,
+    train_verb,
+    evaluate_verb,
+    weights_group,
+):
     main.add_command(_verb)
 
 __all__ = ["main"]

@@ -15,11 +15,8 @@ from the global step: whichever step a run goes on from, its batches are those i
 
 from __future__ import annotations
 
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,11 +37,12 @@ from babelrs_geo.datasets.published import Published, train_sample
 from babelrs_geo.datasets.samplers import Mixture, Numbered, Queries, QuotaSampler
 from babelrs_geo.datasets.samples import Sample
 from babelrs_geo.datasets.scenes import SceneDataset
-from babelrs_geo.datasets.seeding import generator, worker_init
+from babelrs_geo.datasets.seeding import generator
 from babelrs_geo.datasets.soi import FOLDERS, Record, read_split
 from babelrs_geo.datasets.transforms import Augmentation
-from babelrs_geo.errors import BabelError, LabelError
+from babelrs_geo.errors import LabelError
 from babelrs_geo.models.detector import DetectorConfig, HorizontalTarget, OrientedTarget
+from babelrs_geo.training.loading import Batches, begin_work
 from babelrs_geo.training.recipe import DataPart, Phase, Recipe
 
 Target = HorizontalTarget | OrientedTarget
@@ -258,59 +256,6 @@ def join(samples: Sequence[Learnt]) -> Batch:
     }
 
 
-def _begin_work(seed: int, worker: int) -> None:
-    """A worker outlives an interrupt from the terminal, which reaches all: its parent has a step in hand to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # not SIGTERM, by which the parent ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    worker_init(seed)(worker)
-
-
-class Batches:
-    """The batches from a global step to the run's end, phase after phase; `waited` adds up seconds of waiting."""
-
-    def __init__(self, data: TrainingData, start: Callable[[], int], rank: int, world: int) -> None:
-        self.data, self.start, self.rank, self.world = data, start, rank, world
-        self.waited = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        recipe, begin, before = self.data.recipe, self.start(), 0
-        for phase in recipe.phases:
-            if begin < phase.steps:
-                batches = iter(self._loader(phase, max(begin, before)))
-                while True:
-                    asked = time.perf_counter()
-                    try:
-                        batch = next(batches)
-                    except StopIteration:
-                        break
-                    except BabelError as error:  # a worker's comes with its traceback
-                        raise type(error)(
-                            str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-                        ) from None
-                    finally:
-                        self.waited += time.perf_counter() - asked
-                    yield batch
-            before = phase.steps
-
-    def _loader(self, phase: Phase, start: int) -> DataLoader[Any]:
-        recipe = self.data.recipe
-        mixture = self.data.mixture(phase)
-        sampler = QuotaSampler(
-            mixture.sizes(), recipe.quota(phase), recipe.seed, start, phase.steps, self.rank, self.world
-        )
-        workers = recipe.run.workers
-        return DataLoader(
-            mixture,
-            batch_sampler=sampler,
-            collate_fn=join,
-            num_workers=workers,
-            worker_init_fn=partial(_begin_work, recipe.seed),
-            generator=generator(recipe.seed, start),
-            prefetch_factor=4 if workers else None,
-            pin_memory=self.data.pinned,
-        )
-
-
 class TrainingData(LightningDataModule):
     """Sources to learn from and to judge on, and their batches by quota.
 
@@ -351,9 +296,34 @@ class TrainingData(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         self.pinned = trainer.strategy.root_device.type == "cuda"
-        step = partial(getattr, trainer, "global_step")
-        self.batches = Batches(self, step, trainer.global_rank, trainer.world_size)
+        rank, world = trainer.global_rank, trainer.world_size
+        self.batches = Batches(lambda: self.loaders(trainer.global_step, rank, world))
         return self.batches
+
+    def loaders(self, begin: int, rank: int = 0, world: int = 1) -> Iterator[DataLoader[Any]]:
+        """Of the batches from a global step to the run's end, phase after phase."""
+        before = 0
+        for phase in self.recipe.phases:
+            if begin < phase.steps:
+                yield self._loader(phase, max(begin, before), rank, world)
+            before = phase.steps
+
+    def _loader(self, phase: Phase, start: int, rank: int, world: int) -> DataLoader[Any]:
+        recipe, mixture = self.recipe, self.mixture(phase)
+        sampler = QuotaSampler(
+            mixture.sizes(), recipe.quota(phase), recipe.seed, start, phase.steps, rank, world
+        )
+        workers = recipe.run.workers
+        return DataLoader(
+            mixture,
+            batch_sampler=sampler,
+            collate_fn=join,
+            num_workers=workers,
+            worker_init_fn=begin_work(recipe.seed),
+            generator=generator(recipe.seed, start),
+            prefetch_factor=4 if workers else None,
+            pin_memory=self.pinned,
+        )
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """The batch on a device."""
@@ -370,7 +340,6 @@ class TrainingData(LightningDataModule):
 
 
 __all__: Sequence[Any] = [
-    "Batches",
     "Dataset",
     "Look",
     "Source",

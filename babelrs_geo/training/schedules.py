@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -128,10 +129,17 @@ def step_schedule(step: int, options: StepSchedule | None = None) -> float:
     return factor
 
 
-def freeze_prior(model: Detector, stages: int = 2) -> None:
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate at a step: from 0 linearly to 1 over the warm-up, then half a cosine to 0."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def freeze_prior(backbone: nn.Module, stages: int = 2) -> None:
     """Keep the first stages of an ImageNet-trained trunk as they are; its finest maps cost most and change
     least.
     """
     fixed = ("conv_stem", "bn1", *(f"blocks.{i}." for i in range(stages)))
-    for name, parameter in model.backbone.spm.get_submodule("trunk").named_parameters():
+    for name, parameter in backbone.get_submodule("spm.trunk").named_parameters():
         parameter.requires_grad_(not name.startswith(fixed))

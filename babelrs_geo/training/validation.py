@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
+from lightning.pytorch import Trainer
 
 from babelrs_geo.boxes import bounds, clip, from_xyxy
 from babelrs_geo.datasets.published import Published, prepare
 from babelrs_geo.datasets.samples import Sample
 from babelrs_geo.detections import Detections
 from babelrs_geo.evaluation import Evaluation, Frame, Frames, evaluate
+from babelrs_geo.models import checkpoints
+from babelrs_geo.models.checkpoints import Header
 from babelrs_geo.models.detector import Detector
-from babelrs_geo.training.data import Source, as_bytes
+from babelrs_geo.training.data import Source, TrainingData, as_bytes
+from babelrs_geo.training.keeping import Keeper
+from babelrs_geo.training.measured import Measured
+from babelrs_geo.training.module import DetectorTraining
 from babelrs_geo.training.recipe import Recipe
+
+BEST, FINAL = "best.safetensors", "final.safetensors"
+"""The weights of the best validation; those of the last step."""
 
 LEAST_SCORE = 0.1
 """Floor of the score thresholds: below it a class with few objects would let anything through."""
@@ -41,6 +52,53 @@ class Verdict:
         for sensor, report in self.reports.items():
             told |= {f"{sensor}_map": report["map"], f"{sensor}_ap50": report["ap50"]}
         return told
+
+
+Describe = Callable[[Verdict, Mapping[str, float]], Header]
+"""A verdict and the seconds that were spent, by machine, to the header of the weights that are written."""
+
+
+class DetectorKeeper(Keeper):
+    """Judges a detector by what it finds, and keeps the weights that did best."""
+
+    def __init__(self, folder: Path, recipe: Recipe, data: TrainingData, describe: Describe) -> None:
+        super().__init__(folder, recipe.steps, recipe.run, data)
+        self.recipe, self.data, self.describe = recipe, data, describe
+        self.best = -1.0
+        self.best_step = 0
+        self.last: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return super().state_dict() | {"best": self.best, "best_step": self.best_step, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        super().load_state_dict(state_dict)
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        self.last = state_dict["last"]
+
+    def judge(self, trainer: Trainer, module: Measured, step: int) -> None:
+        """Judge the weights as they would be stored: in half precision."""
+        assert isinstance(module, DetectorTraining)
+        model = copy.deepcopy(module.kept).requires_grad_(False)
+        model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
+        rank, world = trainer.global_rank, trainer.world_size
+        verdict = judge(model, self.data.judge, self.recipe, step, rank=rank, world=world)
+        if verdict is not None:
+            self.tell(trainer, {f"val_{k}": v for k, v in verdict.figures().items()}, step)
+            header = self.describe(verdict, self.spent)
+            if verdict.h_map > self.best:
+                checkpoints.save(self.folder / BEST, model, header)
+            if step == self.recipe.steps:
+                checkpoints.save(self.folder / FINAL, model, header)
+        told = [None if verdict is None else verdict.h_map]
+        if world > 1:
+            torch.distributed.broadcast_object_list(told, src=0)
+        assert told[0] is not None
+        self.last = told[0]
+        if self.last > self.best:
+            self.best, self.best_step = self.last, step
 
 
 def judge(
