@@ -57,6 +57,12 @@ def test_of_equal_shapes_the_larger_needs_half_its_pixels(
     assert (cols, rows) == max([same[0], *enough], key=lambda g: g[0] * g[1])
 
 
+def test_half_the_pixels_of_the_larger_grid_is_the_border() -> None:
+    assert 633**2 < 0.5 * 4 * 448**2 < 634**2
+    assert [choose_grid(side, side) for side in (633, 634)] == [(1, 1), (2, 2)]
+    assert [choose_grid(2 * side, side, TileOptions(most=8)) for side in (633, 634)] == [(2, 1), (4, 2)]
+
+
 @pytest.mark.parametrize("most", range(1, 25))
 def test_no_image_lies_between_two_grids_of_one_area(most: int) -> None:
     """Else the order in which grids are tried would decide, which in the original is that of a set."""
