@@ -108,7 +108,8 @@ def test_the_published_encoder_is_exported_and_starts_a_detector(tmp_path: Path)
     header = checkpoints.read(tmp_path / "vit.safetensors")
     assert isinstance(header, Start) and (header.kind, header.licence) == ("encoder", ORIGIN.licence)
     config = replace(
-        TINY, backbone=replace(TINY.backbone, vit=replace(TINY.backbone.vit, depth=4, mlp_ratio=2), stages=(2, 2))
+        TINY,
+        backbone=replace(TINY.backbone, vit=replace(TINY.backbone.vit, depth=4, mlp_ratio=2), stages=(2, 2)),
     )
     whole, alone = Detector(config), Detector(config)
     alone.load_state_dict(whole.state_dict())
