@@ -6,9 +6,10 @@ Nothing is downloaded, no code that comes with weights is run, and no pickle is 
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,9 @@ def load(source: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
     # a GGUF file is no safetensors; in a folder nothing else is opened
     safe = {} if path.is_file() else {"use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **where)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe, **where)
+        with redirect_stderr(io.StringIO()):  # its bars
+            tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe, **where)
     except Exception as cause:  # whatever a damaged file makes transformers raise
         raise WeightsError(f"{path} is no causal language model that can be read ({_line(cause)})") from cause
     return model.train(False), tokenizer

@@ -104,17 +104,17 @@ class _Noting:
 @contextmanager
 def _losses_noted() -> Iterator[list[str]]:
     """Lost workers as they are noted within the block."""
-    now = signal.getsignal(signal.SIGCHLD)
+    now: Any = signal.getsignal(signal.SIGCHLD)
     if not callable(now) or threading.current_thread() is not threading.main_thread():
         yield []
         return
-    noting = _Noting(
-        now.theirs if isinstance(now, _Noting) else now
-    )  # of batches that nobody took to their end
+    # one that is there already is of batches that nobody took to their end
+    noting = _Noting(now.theirs if isinstance(now, _Noting) else now)
     signal.signal(signal.SIGCHLD, noting)
     try:
         yield noting.lost
     finally:
-        here = threading.current_thread() is threading.main_thread()
-        if here and signal.getsignal(signal.SIGCHLD) is noting:
-            signal.signal(signal.SIGCHLD, noting.theirs)
+        if threading.current_thread() is threading.main_thread():  # not where another collects the generator
+            current: Any = signal.getsignal(signal.SIGCHLD)
+            if current is noting:
+                signal.signal(signal.SIGCHLD, noting.theirs)
