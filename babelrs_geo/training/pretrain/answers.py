@@ -8,11 +8,12 @@ asked three times, of its own image (`seen`), of a grey one (`blank`), and of an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -155,16 +156,13 @@ def figures(told: Sequence[Answered]) -> dict[str, float]:
         end = "" if way == "seen" else f"_{way}"
         by_sensor: dict[str, list[float]] = {}
         for (sensor, task), group in sorted(kinds.items()):
-            right = sum(same(each["answer"], each[way]) for each in group) / len(group)
+            right = fmean(same(each["answer"], each[way]) for each in group)
             found[f"{sensor}_{task}{end}"] = right
             by_sensor.setdefault(sensor, []).append(right)
-        found |= {f"{sensor}{end}": sum(each) / len(each) for sensor, each in _mixed(by_sensor)}
+        for sensor, shares in by_sensor.items():
+            found[f"{sensor}{end}"] = fmean(shares)
+        found[f"all{end}"] = fmean(map(fmean, by_sensor.values()))
     return found
-
-
-def _mixed(by_sensor: Mapping[str, list[float]]) -> Iterator[tuple[str, list[float]]]:
-    yield from by_sensor.items()
-    yield "all", [sum(each) / len(each) for each in by_sensor.values()]
 
 
 def same(answer: str, said: str) -> bool:

@@ -1,0 +1,187 @@
+"""What pretraining with language buys: the arms of pretraining_experiment.yaml, each from labels to a judged detector.
+
+    python pipelines/pretraining_experiment.py ../shared/data/soi_mini runs/experiment
+    python pipelines/pretraining_experiment.py ../shared/data/soi_mini runs/experiment --only C.1
+    python pipelines/pretraining_experiment.py ../shared/data/soi_mini /tmp/smoke --steps 2 --only A.0,B.0,C.0,D.0
+
+Arm by arm and seed by seed; what is done is left alone and what was stopped goes on, so the same command is run until
+nothing is left. Each arm leaves what `babelrs-geo pretrain` and `train` leave, in OUT/C.1/pretrain and OUT/C.1/train;
+OUT/results.json and OUT/results.md have what came out so far. `--steps` shortens everything, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from babelrs_geo.datasets.instruct import InstructOptions, write_corpus
+from babelrs_geo.errors import BabelError, ParameterError
+from babelrs_geo.models import checkpoints
+from babelrs_geo.training.pretrain.recipe import read as read_pretraining
+from babelrs_geo.training.pretrain.run import ENCODER
+from babelrs_geo.training.pretrain.run import fit as pretrain
+from babelrs_geo.training.recipe import Recipe
+from babelrs_geo.training.run import FINAL, Place, fit
+from babelrs_geo.training.settings import from_plain
+
+PROTOCOL = Path(__file__).with_suffix(".yaml")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm with one seed."""
+
+    name: str
+    seed: int
+    taps: str | None
+    """Layers fused in pretraining; None: no pretraining."""
+    sensors: tuple[str, ...]
+    """Of the detector."""
+
+    @property
+    def folder(self) -> str:
+        """Where it is kept: A.0, or D.0.sar."""
+        alone = f".{self.sensors[0]}" if len(self.sensors) == 1 else ""
+        return f"{self.name}.{self.seed}{alone}"
+
+
+def arms(protocol: Mapping[str, Any]) -> list[Arm]:
+    """All of them, a seed of each before the next seed."""
+    sensors = tuple(protocol["train"]["phases"][0]["quota"])
+    found = []
+    for seed in protocol["seeds"]:
+        for name, about in protocol["arms"].items():
+            if seed in about.get("seeds", protocol["seeds"]):
+                groups = [(sensor,) for sensor in sensors] if about.get("alone") else [sensors]
+                found += [Arm(name, seed, about.get("taps"), group) for group in groups]
+    return found
+
+
+def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int | None) -> bool:
+    """Run an arm to its end, or until it is told to stop; True where it came to its end."""
+    folder, short = out / arm.folder, [] if steps is None else [f"steps={steps}"]
+    start = {}
+    if arm.taps is not None:
+        part = protocol["pretrain"]
+        changes = [*part["set"], *short, f"seed={arm.seed}", f"model.taps={arm.taps}"]
+        place = Place(folder=folder / "pretrain", resume=True)
+        corpus, held_out = (out / f"{name}.meta.json" for name in ("instruct", "held_out"))
+        if pretrain(read_pretraining(part["recipe"], changes), [corpus], place, [held_out]).stopped:
+            return False
+        start = {"start": str(place.folder / ENCODER)}
+    own = protocol["train"]
+    plain = {
+        **own,
+        "seed": arm.seed,
+        "data": {**own.get("data", {}), "sensors": list(arm.sensors)},
+        "model": {**own["model"], **start},
+    }
+    recipe = from_plain(Recipe, plain)
+    if steps is not None:
+        recipe = replace(recipe, phases=(replace(recipe.phases[0], steps=steps, cooldown=1),))
+    return not fit(recipe, [data], Place(folder=folder / "train", resume=True)).stopped
+
+
+def outcome(arm: Arm, out: Path) -> dict[str, Any] | None:
+    """What came of an arm; None where it has not come to its end."""
+    folder = out / arm.folder / "train"
+    if not (folder / FINAL).is_file():
+        return None
+    metrics = checkpoints.read_header(folder / FINAL).metrics
+    figures = {
+        s: {k: metrics[s][k] for k in ("map", "map_interval", "ap50", "ap50_interval")} for s in arm.sensors
+    }
+    with (folder / "log.csv").open(newline="") as file:
+        log = list(csv.DictReader(file))
+    watched = [
+        name
+        for name in log[0]
+        if name == "gradient" or name.endswith("_gradient") or name.startswith("cosine")
+    ]
+    means = {name: fmean(float(row[name]) for row in log if row[name]) for name in watched}
+    return {
+        "arm": arm.name,
+        "seed": arm.seed,
+        "sensors": figures,
+        "h_map": metrics["h_map"],
+        "gradients": means,
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """MAP of each sensor and H-mAP as Markdown, mean and range over the seeds."""
+    rows = ["| arm | seeds | sar | rgb | ir | H-mAP |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(each["arm"] for each in results):
+        own = [each for each in results if each["arm"] == name]
+        told = []
+        for sensor in ("sar", "rgb", "ir"):
+            told.append(_spread([e["sensors"][sensor]["map"] for e in own if sensor in e["sensors"]]))
+        together = [each["h_map"] for each in own if len(each["sensors"]) == 3]
+        seeds = len({each["seed"] for each in own})
+        rows.append(f"| {name} | {seeds} | {' | '.join(told)} | {_spread(together)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def tell(every: Sequence[Arm], out: Path) -> None:
+    """Write what came out so far."""
+    results = [found for arm in every if (found := outcome(arm, out)) is not None]
+    for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", table(results))):
+        draft = out / f".{name}.part"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(out / name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the arguments and run what is left."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="folder in SOI-Det's layout")
+    parser.add_argument("out", type=Path, help="folder of all arms")
+    parser.add_argument(
+        "--protocol", type=Path, default=PROTOCOL, help="another than the one beside this file"
+    )
+    parser.add_argument("--only", help="some arms, such as A.0,C.1")
+    parser.add_argument("--steps", type=int, help="so many in every run, to see that it runs")
+    args = parser.parse_args(arguments)
+    protocol = yaml.safe_load(args.protocol.read_text(encoding="utf-8"))
+    every = arms(protocol)
+    wanted = None if args.only is None else args.only.split(",")
+    chosen = [arm for arm in every if wanted is None or {f"{arm.name}.{arm.seed}", arm.folder} & set(wanted)]
+    try:
+        if not chosen:
+            raise ParameterError(
+                f"--only {args.only} names no arm; expected some of {', '.join(arm.folder for arm in every)}"
+            )
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in ("instruct", "held_out"):
+            if not (args.out / f"{name}.meta.json").exists():
+                write_corpus([args.data], args.out / f"{name}.jsonl", InstructOptions(**protocol[name]))
+        for arm in chosen:
+            if not (args.out / arm.folder / "train" / FINAL).exists() and not run(
+                arm, protocol, args.data, args.out, args.steps
+            ):
+                sys.exit(f"stopped in {arm.folder}: run the same again, and it goes on")
+            tell(every, args.out)
+            print(f"{arm.folder} is done", flush=True)
+    except BabelError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The experiment on pretraining: its arms are what the protocol says, and a short one runs and goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_pretraining import write_data, write_pretraining
+from tiny_recipe import tiny_recipe
+
+from babelrs_geo.training.pretrain.recipe import read
+from babelrs_geo.training.recipe import Recipe
+from babelrs_geo.training.settings import from_plain
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+
+import pretraining_experiment as experiment
+
+# Python 3.12 warns where a loader's workers are forked from a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def test_the_protocol_has_four_arms_that_differ_in_what_it_says_alone() -> None:
+    protocol = yaml.safe_load(experiment.PROTOCOL.read_text())
+    every = experiment.arms(protocol)
+    assert [arm.folder for arm in every][:6] == ["A.0", "B.0", "C.0", "D.0.sar", "D.0.rgb", "D.0.ir"]
+    assert len(every) == 3 * 3 + 3
+    assert [arm.taps for arm in every[:4]] == [None, "last", "paper", None]
+    recipe = from_plain(Recipe, protocol["train"])
+    assert {view.chosen.size for view in recipe.phases[0].views.values()} == {256}
+    assert read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"]).steps == 3000
+
+
+@pytest.mark.slow
+def test_a_short_one_runs_arm_by_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path)
+    train = {**tiny_recipe(2), "name": "tiny"}
+    train["phases"] = train["phases"][:1]
+    asked = {"split": "train", "per_image": 4}
+    protocol = {
+        "seeds": [0],
+        "arms": {"A": {}, "C": {"taps": "paper"}, "D": {"alone": True}},
+        "instruct": asked,
+        "held_out": asked,
+        "pretrain": {
+            "recipe": str(write_pretraining(tmp_path / "tiny.yaml", root=tmp_path)),
+            "set": ["ask.most=1"],
+        },
+        "train": train,
+    }
+    (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(protocol, sort_keys=False))
+    out = tmp_path / "out"
+    words = [str(tmp_path / "soi"), str(out), "--protocol", str(tmp_path / "protocol.yaml"), "--steps", "1"]
+    experiment.main([*words, "--only", "C.0"])
+    experiment.main([*words, "--only", "A.0,D.0.ir"])
+    told = capsys.readouterr().out.split("\n")
+    assert told == ["C.0 is done", "A.0 is done", "D.0.ir is done", ""]
+    results = json.loads((out / "results.json").read_text())
+    assert [(each["arm"], list(each["sensors"])) for each in results] == [
+        ("A", ["sar", "rgb", "ir"]),
+        ("C", ["sar", "rgb", "ir"]),
+        ("D", ["ir"]),
+    ]
+    assert "cosine_sar_rgb" in results[0]["gradients"]
+    assert (out / "results.md").read_text().count("\n") == 5
+    with pytest.raises(SystemExit, match="names no arm"):
+        experiment.main([*words, "--only", "E.0"])
