@@ -19,7 +19,7 @@ from conftest import NORTH_UP, UTM, Raster, write_raster
 from distributed import LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kills import end_at_random, run_whole
+from kills import end_at_random
 from rasterio.control import GroundControlPoint
 from test_georef import made_up_rpc, slant_gcps
 
@@ -451,15 +451,20 @@ def test_killed_at_random_moments_and_run_again_it_leaves_the_same_files(tmp_pat
     command += ["--labels", str(tmp_path / "labels.gpkg"), "--size", "128", "--overlap", "32"]
     command += ["--workers", str(workers), "-o"]
     whole, chips = tmp_path / "whole", tmp_path / "chips"
-    course = run_whole([*command, str(whole)], lambda: any(whole.glob("images/*/*.tif")))
-    draw, kills, cut = random.Random(workers), 0, []
-    for _ in range(4):
-        kills += end_at_random([*command, str(chips)], course, draw, 1)
-        cut.append(len(list(chips.glob("images/*/*.tif"))))
+    subprocess.run([*command, str(whole)], check=True)
+
+    def cut() -> int:
+        return len(list(chips.glob("images/*/*.tif")))
+
+    draw, before = random.Random(workers), 0
+    total = len(list(whole.glob("images/*/*.tif")))
+    for until in [0, *sorted(draw.sample(range(1, total * 3 // 4), 3))]:
+        assert end_at_random([*command, str(chips)], cut, until, draw) or cut() == total
+        assert cut() >= before  # what was cut is kept
+        before = cut()
         if chips.exists() and not (chips / "index.parquet").exists():
             with pytest.raises(LabelError, match="did not end"):
                 read_index(chips)
-    assert kills and cut == sorted(cut)  # what was cut is kept
     subprocess.run([*command, str(chips)], check=True)
     assert contents(chips) == contents(whole)
 

@@ -23,7 +23,7 @@ import shapely
 import torch
 import yaml
 from conftest import NORTH_UP, UTM, Raster, write_raster
-from kills import Course, drafts, end_at_random, run_whole
+from kills import drafts, end_at_random
 from safetensors.torch import load_file
 from test_datasets import write_soi
 from tiny_model import TINY
@@ -123,6 +123,7 @@ def test_a_run_stopped_at_random_steps_goes_on_as_if_nothing_had_happened(
     stopped = run(tmp_path, soi, seen, progress=interrupt)
     assert (stopped.step, stopped.stopped) == (stops[0], True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with pytest.raises(ParameterError, match="holds a run already; go on with it by --resume auto"):
         run(tmp_path, soi)
     with pytest.raises(ParameterError, match=r"differs from the recipe in clip; go on with its own"):
@@ -214,26 +215,25 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_ended_at_random_moments_a_run_goes_on_as_if_nothing_had_happened(soi: Path, tmp_path: Path) -> None:
-    """Killed or told to stop, at moments drawn over the time that it trains; the moments are of the clock, so the
-    steps they meet differ from run to run of this test.
-    """
-    steps = 40
+    """Killed or told to stop, soon after steps that are drawn, and once before it has begun."""
+    steps = 30
     config, folder, other = (
         write_recipe(tmp_path / "tiny.yaml", steps=steps),
         tmp_path / "ended",
         tmp_path / "whole",
     )
-    course = run_whole(
-        command(other, soi, config), lambda: (other / "recipe.yaml").exists(), environment=environment()
-    )
+    subprocess.run(command(other, soi, config), env=environment(), check=True)
     again = command(folder, soi, config, "--resume", "auto")
-    draw, kills, reached = random.Random(4), 0, []
-    half = Course(course.until_work, (course.until_work + course.in_all) / 2)
-    for _ in range(4):
-        kills += end_at_random(again, half, draw, 1, environment(), (signal.SIGKILL, signal.SIGTERM))
+
+    def logged() -> int:
+        return len((folder / "log.csv").read_text().splitlines()) if (folder / "log.csv").exists() else 0
+
+    draw, reached = random.Random(4), [0]
+    for until in [0, *sorted(draw.sample(range(2, steps * 2 // 3), 3))]:
+        assert end_at_random(again, logged, until, draw, environment(), (signal.SIGKILL, signal.SIGTERM))
         if (folder / "last.ckpt").exists():
             reached.append(int(torch.load(folder / "last.ckpt", weights_only=True)["global_step"]))
-    assert kills >= 2 and reached and reached == sorted(reached)
+    assert reached == sorted(reached) and 0 < reached[-1] < steps
     subprocess.run(again, env=environment(), check=True)
     assert_same(other, folder)
     for name in ("best.safetensors", "final.safetensors"):

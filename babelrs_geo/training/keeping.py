@@ -85,12 +85,12 @@ class Keeper(Callback):
         assert self.drawn.batches is not None
         self.drawn.batches.stopping = lambda: self.stopped
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen no more."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen no more; at teardown Lightning has taken down its own handlers, and these would bring them back."""
         self._listen_no_more()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Listen no more: Lightning tears nothing down after an error."""
+        """Listen no more: Lightning ends no training after an error."""
         self._listen_no_more()
 
     def _listen_no_more(self) -> None:
