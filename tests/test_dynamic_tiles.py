@@ -101,11 +101,11 @@ def test_tiles_put_together_are_the_resized_image(
 
 
 def test_floats_are_resized_as_bytes_are_but_not_rounded() -> None:
-    # not so wide that the bytes overshoot: those are clipped on the way
+    # not so wide that the bytes overshoot: those are clipped on the way; they are rounded after each of two directions
     image = np.random.default_rng(0).integers(80, 180, (3, 30, 50), dtype=np.uint8)
     rounded, fine = cut(image, TileOptions(16)), cut((image / 255).astype(np.float32), TileOptions(16))
     assert fine.dtype == torch.float32 and fine.min() >= 0 and fine.max() <= 1
-    assert (rounded - fine).abs().max() < 1.01 / 255
+    assert 0 < (rounded - fine).abs().max() < 1.5 / 255
     exact = np.random.default_rng(0).random((3, 16, 16), np.float32)
     assert torch.equal(cut(exact, TileOptions(16))[0], torch.from_numpy(exact))
 

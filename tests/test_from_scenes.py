@@ -90,6 +90,6 @@ def test_generated_scenes_go_all_the_way(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared data are not here")
 def test_real_scenes_go_all_the_way(tmp_path: Path) -> None:
-    few = ["--frames", "4", "--size", "384", "--crop", "128", "--steps", "2", "--device", "cpu"]
+    few = ["--frames", "8", "--size", "256", "--crop", "128", "--steps", "2", "--device", "cpu"]
     from_scenes.main([str(SHARED / "data"), str(tmp_path / "out"), *few])
     check(tmp_path / "out")
