@@ -5,8 +5,8 @@
     python pipelines/pretraining_experiment.py ../shared/data/soi_mini /tmp/smoke --steps 2 --only A.0,B.0,C.0,D.0
 
 Arm by arm and seed by seed; what is done is left alone and what was stopped goes on, so the same command is run until
-nothing is left. Each arm leaves what `babelrs-geo pretrain` and `train` leave, in OUT/C.1/pretrain and OUT/C.1/train;
-OUT/results.json and OUT/results.md have what came out so far. `--steps` shortens everything, to see that it runs.
+nothing is left. Each arm leaves what `babelrs-geo train` leaves in OUT/C.1; those that have seed and layers in common start
+from one encoder, which `babelrs-geo pretrain` left in OUT/pretrain.paper.1. OUT/results.json and OUT/results.md have what came out so far. `--steps` shortens everything, to see that it runs.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Arm:
     """Layers fused in pretraining; None: no pretraining."""
     sensors: tuple[str, ...]
     """Of the detector."""
+    precision: str
+    """Of the detector's training."""
 
     @property
     def folder(self) -> str:
@@ -62,18 +64,18 @@ def arms(protocol: Mapping[str, Any]) -> list[Arm]:
         for name, about in protocol["arms"].items():
             if seed in about.get("seeds", protocol["seeds"]):
                 groups = [(sensor,) for sensor in sensors] if about.get("alone") else [sensors]
-                found += [Arm(name, seed, about.get("taps"), group) for group in groups]
+                precision = about.get("precision", protocol["train"]["precision"])
+                found += [Arm(name, seed, about.get("taps"), group, precision) for group in groups]
     return found
 
 
 def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int | None) -> bool:
     """Run an arm to its end, or until it is told to stop; True where it came to its end."""
-    folder, short = out / arm.folder, [] if steps is None else [f"steps={steps}"]
-    start = {}
+    short, start = [] if steps is None else [f"steps={steps}"], {}
     if arm.taps is not None:
         part = protocol["pretrain"]
         changes = [*part["set"], *short, f"seed={arm.seed}", f"model.taps={arm.taps}"]
-        place = Place(folder=folder / "pretrain", resume=True)
+        place = Place(folder=out / f"pretrain.{arm.taps}.{arm.seed}", resume=True)
         corpus, held_out = (out / f"{name}.meta.json" for name in ("instruct", "held_out"))
         if pretrain(read_pretraining(part["recipe"], changes), [corpus], place, [held_out]).stopped:
             return False
@@ -82,18 +84,19 @@ def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int
     plain = {
         **own,
         "seed": arm.seed,
+        "precision": arm.precision,
         "data": {**own.get("data", {}), "sensors": list(arm.sensors)},
         "model": {**own["model"], **start},
     }
     recipe = from_plain(Recipe, plain)
     if steps is not None:
         recipe = replace(recipe, phases=(replace(recipe.phases[0], steps=steps, cooldown=1),))
-    return not fit(recipe, [data], Place(folder=folder / "train", resume=True)).stopped
+    return not fit(recipe, [data], Place(folder=out / arm.folder, resume=True)).stopped
 
 
 def outcome(arm: Arm, out: Path) -> dict[str, Any] | None:
     """What came of an arm; None where it has not come to its end."""
-    folder = out / arm.folder / "train"
+    folder = out / arm.folder
     if not (folder / FINAL).is_file():
         return None
     metrics = checkpoints.read_header(folder / FINAL).metrics
@@ -173,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not (args.out / f"{name}.meta.json").exists():
                 write_corpus([args.data], args.out / f"{name}.jsonl", InstructOptions(**protocol[name]))
         for arm in chosen:
-            if not (args.out / arm.folder / "train" / FINAL).exists() and not run(
+            if not (args.out / arm.folder / FINAL).exists() and not run(
                 arm, protocol, args.data, args.out, args.steps
             ):
                 sys.exit(f"stopped in {arm.folder}: run the same again, and it goes on")

@@ -186,7 +186,7 @@ def test_the_index_says_when_by_whom_and_how(tmp_path):
         assert set(index["radiometry"]) == {scene.radiometry.to_json()}
         assert index["gsd"].iloc[0] == pytest.approx(10, abs=0.05)
         with rasterio.open(tmp_path / "chips" / index["path"].iloc[0]) as chip:
-            assert chip.block_shapes == [(256, 256)]
+            assert chip.block_shapes == [(304, 304)]
             assert chip.compression.name == "zstd"
             assert chip.tags()["ACQUISITION_TIME"]
         assert len(read_labels(tmp_path / "chips")) == 0

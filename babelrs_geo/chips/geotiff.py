@@ -21,7 +21,7 @@ from babelrs_geo.georef import Georef
 from babelrs_geo.scenes import Facts
 from babelrs_geo.tiling import Rect
 
-_SIDE = 256  # of a block
+_SIDES = range(192, 513, 16)  # of a block
 _LONGEST = 1000  # characters of a metadata item that every chip repeats
 _OWN = (
     "AREA_OR_POINT",
@@ -42,8 +42,8 @@ def creation(facts: Facts, compress: str, width: int, height: int) -> dict[str, 
         "height": height,
         "dtype": about.dtype,
         "tiled": True,
-        "blockxsize": min(_SIDE, -(-width // 16) * 16),
-        "blockysize": min(_SIDE, -(-height // 16) * 16),
+        "blockxsize": _block(width),
+        "blockysize": _block(height),
         "interleave": "pixel",
         "bigtiff": "IF_SAFER",
         "photometric": "RGB" if about.interpretations[:3] == ("red", "green", "blue") else "MINISBLACK",
@@ -56,6 +56,13 @@ def creation(facts: Facts, compress: str, width: int, height: int) -> dict[str, 
             profile["predictor"] = 3 if dtype.kind == "f" else 2
         profile |= {"zstd": {"zstd_level": 1}, "deflate": {"zlevel": 1}}.get(compress, {})
     return profile
+
+
+def _block(length: int) -> int:
+    """Side of the blocks that such a length is stored in: what they reach beyond it is compressed in vain."""
+    if length < _SIDES[0]:
+        return -(-length // 16) * 16
+    return min(_SIDES, key=lambda side: (-length % side, abs(side - 256)))
 
 
 def _nodata(facts: Facts, dtype: np.dtype[Any]) -> float | None:
