@@ -5,8 +5,8 @@ Every figure is measured in this run, on this machine, which should do nothing e
 * *floor*: every block of the COG read once, in order, plus the pixels that the chips hold written once, by the same
   compression, into GeoTIFFs of the blocks' own size; one process;
 * *tile*: `babelrs-geo tile` with one process, start of the interpreter included, and its ratio to the floor;
-* *memory*: the largest resident set of that process, read from the kernel (which counts what its parent held when it was
-  started: so the scene is made by a process of its own);
+* *memory*: the largest resident set of that process, read from the kernel, which counts what its parent held when it
+  was started: so the scene is made by a process of its own;
 * *two workers*: pixels a second of one run with two workers, over the sum of two runs that each tile half of the scene
   alone, side by side.
 

@@ -5,8 +5,9 @@
     python pipelines/pretraining_experiment.py ../shared/data/soi_mini /tmp/smoke --steps 2 --only A.0,B.0,C.0,D.0
 
 Arm by arm and seed by seed; what is done is left alone and what was stopped goes on, so the same command is run until
-nothing is left. Each arm leaves what `babelrs-geo train` leaves in OUT/C.1; those that have seed and layers in common start
-from one encoder, which `babelrs-geo pretrain` left in OUT/pretrain.paper.1. OUT/results.json and OUT/results.md have what came out so far. `--steps` shortens everything, to see that it runs.
+nothing is left. Each arm leaves what `babelrs-geo train` leaves, in OUT/C.1; those that have seed and layers in common
+start from one encoder, which `babelrs-geo pretrain` left in OUT/pretrain.paper.1. OUT/results.json and OUT/results.md
+have what came out so far. `--steps` shortens everything, to see that it runs.
 """
 
 from __future__ import annotations
