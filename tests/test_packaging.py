@@ -21,7 +21,7 @@ from babelrs_geo.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [README, *((page.read_text(encoding="utf-8")) for page in sorted((ROOT / "docs").glob("*.md")))]
-CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "duckdb": "python-duckdb"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
 
 
@@ -105,18 +105,18 @@ def imported(folder: str) -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
-    assert imported("babelrs_geo") <= modules("train", "pretrain")
+    assert imported("babelrs_geo") <= modules("train", "pretrain", "stac")
     assert modules() - imported("babelrs_geo") == set()
     assert imported("pipelines") <= modules("train", "pretrain")
     for folder in ("tests", "benchmarks", "examples"):
-        assert imported(folder) <= modules("train", "pretrain", "test")
+        assert imported(folder) <= modules("train", "pretrain", "stac", "test")
 
 
 def test_the_conda_environment_is_in_step():
     lines = (ROOT / "environment.yml").read_text(encoding="utf-8").split("dependencies:\n")[1].split("\n")
     items = [line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")]
     listed = names([item for item in items if item != "pip:"])
-    everything = declared("train", "pretrain", "test", "dev")
+    everything = declared("train", "pretrain", "stac", "test", "dev")
     expected = {CONDA_NAMES.get(name, name): bound for name, bound in everything.items()}
     python = setup()["options"]["python_requires"].removeprefix(">=")
     assert listed == {**expected, "python": python, "pip": listed["pip"]}

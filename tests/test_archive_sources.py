@@ -1,0 +1,309 @@
+"""What an archive is made of: what is found where, what is told of it, and what is never told."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import geopandas as gpd
+import numpy as np
+import pytest
+import rasterio
+from bright_archive import make_archive, write_ships
+from hypothesis import given
+from hypothesis import strategies as st
+from make_safe import CORNER, NAME, START, grid_points, make_safe, zipped
+from shapely.geometry import Point
+
+from babelrs_geo.archive.addresses import bare, scrub
+from babelrs_geo.archive.safe import write_vrt
+from babelrs_geo.archive.sources import find
+from babelrs_geo.archive.stac import Search, read_items, search
+from babelrs_geo.errors import LabelError, ParameterError, SceneError
+from babelrs_geo.scenes import SceneOptions, open_scene
+
+SECRET = "X-Amz-Signature=0f9e8d7c&sig=topsecret"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("/data/a b.tif", "/data/a b.tif"),
+        ("/data/odd?name#1.tif", "/data/odd?name#1.tif"),
+        (f"https://store/b.tif?{SECRET}", "https://store/b.tif"),
+        ("https://me:word@store/b.tif", "https://store/b.tif"),
+        ("https://store/get?id=7&token=topsecret", "https://store/get?id=7"),
+        (f"/vsicurl/https://store/b.tif?{SECRET}#part", "/vsicurl/https://store/b.tif"),
+        (
+            "/vsicurl?header.Authorization=topsecret&url=https%3A%2F%2Fs%2Fb.tif",
+            "/vsicurl/https%3A%2F%2Fs%2Fb.tif",
+        ),
+        ("s3://bucket/b.tif", "s3://bucket/b.tif"),
+    ],
+)
+def test_addresses_are_shown_without_what_is_secret(address, shown):
+    assert bare(address) == shown
+    assert bare(shown) == shown
+    assert "topsecret" not in scrub(f"cannot open '{address}': HTTP 403", {address: shown})
+
+
+@given(st.text("abc/.-_", min_size=1), st.text("abcXYZ019=&%+-_", min_size=1))
+def test_no_query_survives_in_a_message(path, query):
+    message = f"https://store/{path}?token={query}T0P: 403"
+    assert scrub(message) == f"https://store/{path}: 403"
+
+
+def test_a_folder_is_searched_by_name_and_results_and_hidden_files_are_no_scenes(tmp_path):
+    make_archive(tmp_path / "in", 2)
+    write_ships(tmp_path / "in" / "sub" / "deep.tiff", 9)
+    write_ships(tmp_path / "in" / "out" / "result.tif", 8)
+    write_ships(tmp_path / "in" / ".cache" / "x.tif", 7)
+    (tmp_path / "in" / "notes.txt").write_text("no scene")
+    found = list(find([str(tmp_path / "in")], tmp_path / "in" / "out"))
+    names = [str(Path(item.source).relative_to(tmp_path / "in")) for item in found]
+    assert names == ["s000.tif", "s001.tif", "sub/deep.tiff"]
+    first = (tmp_path / "in" / "s000.tif").stat()
+    assert (found[0].size, found[0].stamp) == (first.st_size, str(first.st_mtime_ns))
+    assert all(item.path == item.source for item in found)
+
+
+def test_globs_and_single_scenes(tmp_path, monkeypatch):
+    make_archive(tmp_path, 3)
+    monkeypatch.chdir(tmp_path)
+    assert [Path(i.source).name for i in find(["s*[12].tif"])] == ["s001.tif", "s002.tif"]
+    assert [Path(i.source).name for i in find([str(tmp_path / "**" / "s00?.tif")])] == [
+        f"s{n:03d}.tif" for n in range(3)
+    ]
+    assert [i.source for i in find(["s000.tif"])] == [str(tmp_path / "s000.tif")]
+    with pytest.raises(ParameterError, match="matches nothing"):
+        list(find(["x*.tif"]))
+    with pytest.raises(ParameterError, match="nowhere does not exist"):
+        list(find(["nowhere"]))
+    (remote,) = find([f"https://store/b.tif?{SECRET}"])
+    assert remote.source == "https://store/b.tif" and "topsecret" in remote.path
+
+
+ROWS = [
+    ("a.tif", "sar", "VH", "", ""),
+    (f"https://store/b.tif?{SECRET}", "rgb", "", "3 2 1", "2.5"),
+    ("/abs/c.tif", "lidar", "", "", ""),
+    ("../d.tif", "ir", "", "one", ""),
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "txt"])
+def test_manifests_say_sensor_and_options_by_scene_and_a_bad_row_is_that_row_alone(tmp_path, kind):
+    path = tmp_path / "sub" / f"scenes.{kind}"
+    path.parent.mkdir()
+    columns = ("scene", "sensor", "polarisation", "bands", "priority")
+    if kind == "csv":
+        path.write_text("\n".join(",".join(row) for row in (columns, *ROWS)))
+    elif kind == "parquet":
+        table = {name: [row[n] or None for row in ROWS] for n, name in enumerate(columns)}
+        frame = gpd.GeoDataFrame(table, geometry=[Point(n, n) for n in range(len(ROWS))], crs="EPSG:4326")
+        frame.to_parquet(path)
+    else:
+        path.write_text("# comment\n\n" + "\n".join(row[0] for row in ROWS))
+    a, b, c, d = find([str(path)])
+    assert a.source == str(tmp_path / "sub" / "a.tif")  # need not exist: nothing is touched
+    assert b.source == "https://store/b.tif" and b.path.endswith(SECRET)
+    assert c.source == "/abs/c.tif" and d.source == str(tmp_path / "d.tif")
+    if kind != "txt":
+        assert (a.sensor, a.options) == ("sar", {"polarisation": "VH"})
+        assert (b.sensor, b.options, b.priority) == ("rgb", {"bands": [3, 2, 1]}, 2.5)
+        assert 'sensor "lidar"' in c.fault and "cannot be understood" in d.fault
+        assert not (a.fault or b.fault)
+
+
+def test_a_manifest_without_scenes_is_refused(tmp_path):
+    (tmp_path / "m.csv").write_text("name,sensor\na,b\n")
+    with pytest.raises(LabelError, match=r"no column of scenes: it has name, sensor"):
+        list(find([str(tmp_path / "m.csv")]))
+    (tmp_path / "m.parquet").write_text("no parquet")
+    with pytest.raises(LabelError, match="GeoParquet manifest"):
+        list(find([str(tmp_path / "m.parquet")]))
+
+
+def feature(name, assets, **properties):
+    return {
+        "type": "Feature",
+        "stac_version": "1.0.0",
+        "id": name,
+        "geometry": {"type": "Point", "coordinates": [12, 45]},
+        "bbox": [12, 45, 12, 45],
+        "properties": {"datetime": "2026-03-01T00:00:00Z"} | properties,
+        "links": [],
+        "assets": assets,
+    }
+
+
+COG = "image/tiff; application=geotiff; profile=cloud-optimized"
+ITEMS = [
+    feature(
+        "one",
+        {
+            "vv": {
+                "href": f"https://store/one-vv.tif?{SECRET}",
+                "type": COG,
+                "roles": ["data"],
+                "file:size": 7,
+            },
+            "vh": {"href": "https://store/one-vh.tif", "type": COG, "roles": ["data"]},
+            "thumbnail": {"href": "t.png", "type": "image/png", "roles": ["thumbnail"]},
+        },
+        **{"sar:polarizations": ["VV", "VH"]},
+    ),
+    feature("two", {"data": {"href": "./two.tif", "type": COG, "roles": ["data"]}}),
+]
+
+
+def test_an_item_collection_gives_the_asset_named_or_the_only_raster(tmp_path):
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": ITEMS}))
+    one, two = find([str(path)])
+    assert "2 rasters of data (vv, vh, thumbnail): name one with --asset" in one.fault
+    assert two.source == str(tmp_path / "two.tif") and not two.fault
+    one, two = read_items(path, "vv")
+    assert (one.source, one.sensor, one.size) == ("https://store/one-vv.tif", "sar", 7)
+    assert one.path.endswith(SECRET)
+    assert 'no asset "vv", it has data' in two.fault
+    path.write_text(json.dumps({"type": "Catalog"}))
+    with pytest.raises(LabelError, match="is a Catalog, expected a STAC ItemCollection"):
+        list(find([str(path)]))
+
+
+class Api(BaseHTTPRequestHandler):
+    """A STAC API with two pages of one item each, by GET and POST."""
+
+    asked: ClassVar[list[dict[str, object]]] = []
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        base = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.reply(
+            {
+                "type": "Catalog",
+                "stac_version": "1.0.0",
+                "id": "here",
+                "description": "a test",
+                "conformsTo": [
+                    "https://api.stacspec.org/v1.0.0/core",
+                    "https://api.stacspec.org/v1.0.0/item-search",
+                ],
+                "links": [
+                    {"rel": "self", "href": base},
+                    {"rel": "root", "href": base},
+                    {
+                        "rel": "search",
+                        "href": f"{base}/search",
+                        "type": "application/geo+json",
+                        "method": "POST",
+                    },
+                ],
+            }
+        )
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Api.asked.append(asked)
+        page = int(asked.get("page", 0))
+        base = f"http://127.0.0.1:{self.server.server_address[1]}/search"
+        more = {"rel": "next", "href": base, "method": "POST", "merge": True, "body": {"page": page + 1}}
+        found = {"type": "FeatureCollection", "features": [ITEMS[page]], "links": [more] if page == 0 else []}
+        self.reply(found)
+
+    def reply(self, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/geo+json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def api() -> Iterator[str]:
+    Api.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Api) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_stac_api_is_searched_page_by_page(api):
+    pytest.importorskip("pystac_client")
+    asked = Search(
+        url=api,
+        collections=("sentinel-1-grd",),
+        bbox=(12, 45, 13, 46),
+        datetime="2026-03-01/2026-03-02",
+        asset="vv",
+    )
+    one, two = search(asked)
+    assert one.source == "https://store/one-vv.tif" and "topsecret" in one.path and one.sensor == "sar"
+    assert "no asset" in two.fault
+    first = Api.asked[0]
+    assert first["collections"] == ["sentinel-1-grd"] and first["bbox"] == [12, 45, 13, 46]
+    assert str(first["datetime"]).startswith("2026-03-01")
+
+
+def test_an_api_that_is_none_is_told_in_one_line_without_its_password(caplog):
+    pytest.importorskip("pystac_client")
+    with pytest.raises(ParameterError, match="does not answer as one") as caught:
+        list(search(Search(url="http://me:topsecret@127.0.0.1:9/stac?token=topsecret")))
+    assert "topsecret" not in str(caught.value) + caplog.text and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_a_safe_product_has_its_annotations_points_its_polarisations_and_its_time(tmp_path, form):
+    pixels = np.random.default_rng(0).gamma(2.0, 40.0, (120, 150)).astype(np.uint16) + 10
+    safe = make_safe(tmp_path / "in", pixels)
+    if form == "zip":
+        path = zipped(safe)
+        safe.rename(tmp_path / "elsewhere")
+    else:
+        path = safe
+    (item,) = find([str(tmp_path / "in")])
+    assert (item.path, item.sensor) == (str(path), "sar") and item.size
+    vrt = write_vrt(path, tmp_path / "vrt")
+    with open_scene(vrt) as scene:
+        assert scene.name == NAME and scene.acquired.isoformat().startswith(START)
+        assert str(scene.sensor) == "sar" and (scene.height, scene.width) == pixels.shape
+        points = grid_points(*pixels.shape)
+        lines, columns, lon, lat = np.array(points).T
+        np.testing.assert_allclose(scene.georef.to_lonlat(columns, lines), (lon, lat), atol=1e-9)
+        assert scene.georef.to_lonlat(0.0, 0.0)[0] == pytest.approx(CORNER[0])
+        np.testing.assert_array_equal(scene.read_raw((0, 0, 150, 120))[0], pixels)
+    with open_scene(vrt, options=SceneOptions(polarisation="VH")) as scene:
+        np.testing.assert_array_equal(scene.read_raw((0, 0, 9, 9))[1], pixels[:9, :9] // 2)
+
+
+def test_a_safe_product_that_lacks_something_is_told_in_one_line(tmp_path):
+    pixels = np.full((60, 60), 50, np.uint16)
+    for number, (victim, words) in enumerate(
+        [("annotation/*-vh-*.xml", "no whole Sentinel-1 product"), ("measurement/*", "it has no measurement")]
+    ):
+        safe = make_safe(tmp_path / str(number), pixels)
+        for file in safe.glob(victim):
+            file.unlink()
+        with pytest.raises(SceneError, match=words):
+            write_vrt(safe, tmp_path)
+    bad = tmp_path / "S1A_bad.zip"
+    bad.write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(SceneError, match="cannot be opened as a zip"):
+        write_vrt(bad, tmp_path)
+
+
+def test_gdal_agrees_with_the_points_of_the_measurement(tmp_path):
+    """The test's product is truthful: what GDAL reads of a measurement is what the annotation says."""
+    safe = make_safe(tmp_path, np.full((60, 60), 50, np.uint16), ("HH",))
+    with rasterio.open(next(safe.glob("measurement/*.tiff"))) as file:
+        own, _ = file.gcps
+    expected = grid_points(60, 60)
+    assert [(p.row, p.col, p.x, p.y) for p in own] == [pytest.approx(p) for p in expected]
