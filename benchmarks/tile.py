@@ -8,7 +8,7 @@ Every figure is measured in this run, on this machine, which should do nothing e
 * *memory*: the largest resident set of that process, read from the kernel, which counts what its parent held when it
   was started: so the scene is made by a process of its own;
 * *two workers*: pixels a second of one run with two workers, over the sum of two runs that each tile half of the scene
-  alone, side by side.
+  alone, side by side: of whole runs, and of what lies between the first chip and the last, without the start.
 
 `blocks read` counts the windows that tiling asks for, in blocks of the file, over the blocks there are.
 """
@@ -126,6 +126,14 @@ def timed(commands: list[list[str]]) -> tuple[list[float], float, float]:
     return seconds, largest, busy
 
 
+def rate(chips: Path) -> float:
+    """Pixels a second from the moment the first chip was there until the last one was."""
+    index = read_index(chips)
+    written = np.array([(chips / path).stat().st_mtime for path in index["path"]])
+    pixels = (index["width"] * index["height"]).to_numpy()
+    return float((pixels.sum() - pixels[written.argmin()]) / np.ptp(written))
+
+
 def blocks_read(source: Path, out: Path, options: argparse.Namespace) -> float:
     """Blocks of the file that tiling asks for, over those there are."""
     asked = 0
@@ -177,6 +185,7 @@ def main() -> None:
     read, write = floor(cog, folder / "floor", pixels)
     least = time.process_time() - before
     (together,), _, _ = timed([tile([cog], folder / "two", options, 2)])
+    steady = rate(folder / "two")
     shutil.rmtree(folder / "two")
     for n, half in enumerate(halves):
         cut_half(cog, half, n * (side // 2), side // 2)
@@ -190,10 +199,14 @@ def main() -> None:
         "tile s": round(alone, 2),
         "tile / floor": round(alone / (read + write), 3),
         "tile / floor, processor seconds": round(busy / least, 3),
+        "tile / floor, two workers": round(together / (read + write), 3),
         "memory MiB": round(memory),
         "two workers s": round(together, 2),
         "halves s": " and ".join(f"{s:.2f}" for s in apart),
         "two workers / two halves": round((1 / together) / sum(0.5 / s for s in apart), 3),
+        "two workers / two halves, start excluded": round(
+            steady / sum(rate(folder / half.stem) for half in halves), 3
+        ),
         "blocks read": blocks_read(cog, folder / "count", options),
     }
     for half in halves:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _nodata(facts: Facts, dtype: np.dtype[Any]) -> float | None:
 def place(georef: Georef, x: int, y: int) -> dict[str, Any]:
     """The georeference of the window at (x, y), as rasterio writes it."""
     own = georef.window((x, y, 1, 1))
-    crs = None if georef.crs is None else rasterio.CRS.from_user_input(georef.crs.to_wkt())
+    crs = None if georef.crs is None else _crs(georef.crs.to_wkt())
     dx, dy = own.origin
     if georef.kind == "affine":
         return {"transform": own.affine} | ({} if crs is None else {"crs": crs})
@@ -96,6 +97,11 @@ def place(georef: Georef, x: int, y: int) -> dict[str, Any]:
         numbers["LINE_OFF"] = repr(float(numbers["LINE_OFF"].split()[0]) - dy)
         return {"rpcs": RPC.from_gdal(numbers)}
     return {}
+
+
+@lru_cache
+def _crs(wkt: str) -> rasterio.CRS:
+    return rasterio.CRS.from_wkt(wkt)
 
 
 def write_chip(

@@ -80,6 +80,11 @@ class Task:
     rows: NDArray[np.int64] | None = None
     """Which of the scene's objects the entry holds; None for all."""
 
+    @property
+    def pixels(self) -> int:
+        """Of all its chips."""
+        return sum(c.rect.width * c.rect.height for region in self.regions for c in region.chips)
+
     def light(self) -> Task:
         """The same with the objects it needs alone: what is sent to a worker."""
         objects = self.entry.objects

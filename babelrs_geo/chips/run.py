@@ -269,7 +269,8 @@ def _crew(workers: Workers) -> Iterator[Work]:
             client = starting.result()
             if not tasks:
                 return
-            light = [task.light() for task in tasks]
+            largest = sorted(tasks, key=lambda task: -task.pixels)  # so that the workers end together
+            light = [task.light() for task in largest]
             futures = client.map(cut_task, light, folder=str(out), options=options, pure=False, batch_size=64)
             try:
                 for future in as_completed(futures, loop=client.loop):

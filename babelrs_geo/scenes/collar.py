@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 LATTICE = 8192  # cells a side at most
 SMEAR = 8  # pixels a lossy block reaches, and the 8-bit values it smears black to
 _BLOCK = 1024  # pixels a side that are read at once, or 32 cells where that is more
-_FLOODED = 2  # 1 is solid black not reached yet, 0 all else
+_BLACK, _FLOODED = 1, 2  # solid black that is not reached yet, and reached; 0 is all else
 
 ReadBlack = Callable[[tuple[int, int, int, int], tuple[int, int]], NDArray[np.bool_]]
 
@@ -110,6 +110,8 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
             )
             light = ~read_black(window, (rb - ra, cb - ca))
             state[r0:r1, c0:c1] = ~_dilated(light, solid)[r0 - ra : r1 - ra, c0 - ca : c1 - ca]
+        if not (state[r0:r1, c0:c1] == _BLACK).any():
+            continue  # most scenes have no collar, and never need the kernel
         up, low, left, right = _grow(state, r0, r1, c0, c1)
         for ok, place in ((up, (r - 1, c)), (low, (r + 1, c)), (left, (r, c - 1)), (right, (r, c + 1))):
             if ok and place not in queued and 0 <= place[0] < down and 0 <= place[1] < across:
