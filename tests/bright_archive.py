@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
+from oracle import patches
 from rasterio.transform import from_origin
 
 from babelrs_geo.archive.cell import Limits
@@ -90,8 +91,6 @@ class Bright:
 
 
 def _bright(images: NDArray[np.float32]) -> list[Detections]:
-    from simple_scenes import patches
-
     found = []
     for image in images:
         x, y, w, h = patches(image[0] > 0.5).T

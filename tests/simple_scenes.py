@@ -11,6 +11,7 @@ import numpy as np
 from conftest import NORTH_UP, UTM, Raster, write_raster
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from oracle import patches
 
 from babelrs_geo.detections import Detections
 from babelrs_geo.models.checkpoints import Header
@@ -66,27 +67,6 @@ def as_boxes(rectangles: Sequence[Sequence[int]]) -> NDArray[np.float64]:
     """Rectangles (N, 4) as boxes (N, 5)."""
     x, y, w, h = np.asarray(rectangles, float).reshape(-1, 4).T
     return np.stack([x + w / 2, y + h / 2, w, h, np.zeros_like(x)], axis=1)
-
-
-def patches(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Bounds (N, 4) x, y, width, height of the connected parts (8 neighbours) of a mask."""
-    rows, columns = np.nonzero(mask)
-    labels = np.zeros(np.add(mask.shape, 2), np.int64)
-    inside = labels[1:-1, 1:-1]
-    inside[mask] = np.arange(1, len(rows) + 1)
-    while True:  # every pixel takes the highest number among its neighbours, until none changes
-        across = np.maximum(np.maximum(labels[:, :-2], labels[:, 1:-1]), labels[:, 2:])
-        highest = np.maximum(np.maximum(across[:-2], across[1:-1]), across[2:])
-        spread = np.where(mask, highest, 0)
-        if (spread == inside).all():
-            break
-        inside[:] = spread
-    names, part = np.unique(inside[mask], return_inverse=True)
-    low, high = np.full((len(names), 2), 1 << 30), np.full((len(names), 2), -1)
-    points = np.stack([columns, rows], axis=1)
-    np.minimum.at(low, part, points)
-    np.maximum.at(high, part, points + 1)
-    return np.concatenate([low, high - low], axis=1).astype(np.float64)
 
 
 def bright_detector(images: NDArray[np.float32], classes: tuple[str, ...] = ("ship",)) -> list[Detections]:

@@ -34,6 +34,9 @@ class Workers:
     scheduler: str | None = None
     """Address of a running Dask scheduler, `tcp://host:8786`, whose workers see the scenes and the folder."""
 
+    patience: float = 20.0
+    """Seconds to wait for the scheduler to answer."""
+
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if self.processes < 1:
@@ -226,7 +229,7 @@ def _dask(workers: Workers) -> Iterator[Any]:
 
     if workers.scheduler is not None:
         try:
-            client = Client(workers.scheduler, timeout="20s", set_as_default=False)
+            client = Client(workers.scheduler, timeout=workers.patience, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ParameterError(
                 f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"

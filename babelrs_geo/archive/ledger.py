@@ -41,9 +41,9 @@ CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT) WITHOUT R
 CREATE TABLE IF NOT EXISTS scenes (
   id INTEGER PRIMARY KEY,
   source TEXT NOT NULL UNIQUE,
-  sensor TEXT, options TEXT NOT NULL DEFAULT '', priority REAL NOT NULL DEFAULT 0, size INTEGER, stamp TEXT,
+  asked TEXT, options TEXT NOT NULL DEFAULT '', priority REAL NOT NULL DEFAULT 0, size INTEGER, stamp TEXT,
   state TEXT NOT NULL, reason TEXT, attempts INTEGER NOT NULL DEFAULT 0,
-  recipe TEXT, weights TEXT, fingerprint TEXT, twin INTEGER,
+  sensor TEXT, recipe TEXT, weights TEXT, fingerprint TEXT, twin INTEGER,
   planned TEXT, started TEXT, finished TEXT, seconds REAL, host TEXT,
   tiles INTEGER, tiles_failed INTEGER, detections INTEGER, classes TEXT,
   output TEXT, acquired TEXT, footprint TEXT
@@ -273,7 +273,7 @@ class Ledger:
             Row(
                 row["id"],
                 row["source"],
-                row["sensor"],
+                row["asked"],
                 json.loads(row["options"] or "{}"),
                 row["size"],
                 row["stamp"],
@@ -340,15 +340,15 @@ class Ledger:
 
 
 _PLAN = """
-INSERT INTO scenes (source, sensor, options, priority, size, stamp, state, reason, planned)
+INSERT INTO scenes (source, asked, options, priority, size, stamp, state, reason, planned)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (source) DO UPDATE SET
-  sensor = excluded.sensor, options = excluded.options, size = excluded.size, stamp = excluded.stamp,
+  asked = excluded.asked, options = excluded.options, size = excluded.size, stamp = excluded.stamp,
   priority = excluded.priority, attempts = 0, fingerprint = NULL, twin = NULL,
   state = CASE WHEN excluded.state = 'failed' THEN 'failed' WHEN scenes.output IS NULL THEN 'planned' ELSE 'stale' END,
   reason = CASE WHEN excluded.state = 'failed' THEN excluded.reason WHEN scenes.output IS NULL THEN NULL
     ELSE 'the scene or its options changed' END
-WHERE scenes.options IS NOT excluded.options OR scenes.sensor IS NOT excluded.sensor
+WHERE scenes.options IS NOT excluded.options OR scenes.asked IS NOT excluded.asked
   OR (excluded.size IS NOT NULL AND scenes.size IS NOT excluded.size)
   OR (excluded.stamp IS NOT NULL AND scenes.stamp IS NOT excluded.stamp)
 """
