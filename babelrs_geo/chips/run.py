@@ -286,6 +286,7 @@ def _crew(workers: Workers) -> Iterator[Work]:
 
 def _client(workers: Workers, stack: ExitStack) -> Any:
     """A client of the user's scheduler, or of processes on this machine; closed with the stack."""
+    import dask
     from distributed import Client, LocalCluster
 
     if workers.scheduler is not None:
@@ -297,16 +298,21 @@ def _client(workers: Workers, stack: ExitStack) -> Any:
             ) from error
         stack.callback(client.close)
         return client
-    cluster = stack.enter_context(
-        LocalCluster(
-            n_workers=workers.processes,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            memory_limit=0,
-            silence_logs=50,
+    # distributed makes its workers give every large array back to the kernel at once (MALLOC_TRIM_THRESHOLD_), and the
+    # pages, asked for anew, cost as much again as reading and writing chips
+    environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
+    environ.pop("MALLOC_TRIM_THRESHOLD_", None)
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": environ}):
+        cluster = stack.enter_context(
+            LocalCluster(
+                n_workers=workers.processes,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                memory_limit=0,
+                silence_logs=50,
+            )
         )
-    )
     client = Client(cluster, set_as_default=False)
     stack.callback(client.close)
     client.run(_ready)
