@@ -227,8 +227,11 @@ def estimate(
         )
     ranges = []
     for i, values in enumerate(magnitude(sample)):
-        unit = values.astype(np.float64) * (scale[i] if scale else 1.0) + (offset[i] if offset else 0.0)
-        unit = unit[np.isfinite(unit)]
+        unit = values.astype(np.float64)
+        if scale or offset:
+            unit = unit * (scale[i] if scale else 1.0) + (offset[i] if offset else 0.0)
+        if not np.isfinite(unit).all():
+            unit = unit[np.isfinite(unit)]
         ranges.append(_range(sensor, kind, unit) if unit.size else (0.0, 1.0))
     low, high = zip(*ranges, strict=True)
     return Radiometry(
@@ -436,7 +439,9 @@ def choose_kind(
             values * (about.scale or (1.0,) * bands[0])[bands[0] - 1]
             + (about.offset or (0.0,) * bands[0])[bands[0] - 1]
         )
-    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    finite = np.isfinite(values)
+    if not finite.all():
+        values = values[finite] if finite.any() else np.zeros(1)
     if sensor is Sensor.SAR:
         if np.iscomplexobj(sample) or about.dtype.startswith("complex"):
             return "amplitude"

@@ -1,19 +1,21 @@
 """A raster file through GDAL: facts once, then windows of raw numbers and declared validity, from any thread.
 
 One dataset handle a thread and overview level, since GDAL's handles must not be shared; reopened after a fork
-or a pickle. GDAL's block cache (bounded, `CACHE_MB`) is what lets overlapping tiles decode a block once.
+or a pickle. GDAL's block cache belongs to a handle, so it cannot let threads share what they decoded: windows are
+put together from pieces of whole blocks that `blocks.STORE` holds, and GDAL's own cache is small, except where a
+file's blocks are not what is stored (a VRT) or too large to be pieces.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,25 @@ from rasterio.windows import Window
 
 from babelrs_geo.errors import SceneError
 from babelrs_geo.georef import Georef
+from babelrs_geo.scenes.blocks import LIMIT, STORE, Key, Piece
 from babelrs_geo.sensors import Bands
 
-CACHE_MB = 256
+CACHE_MB = 16
+"""GDAL's block cache where pieces are whole blocks of the file."""
+LARGE_CACHE_MB = 256
+"""GDAL's block cache once a file was opened whose pieces are not."""
+_PIECE = 512  # pixels a side of a piece, in whole blocks
+_STRIP_PIECE = 1 << 20  # pixels of a piece of a file stored in strips, which has whole rows
+_LARGEST_BLOCK = 32 << 20  # bytes; parts of larger blocks are read, which GDAL then caches
+_PARTS = (
+    128 << 20
+)  # bytes of the rows that a row of tiles needs, up to which strips are kept in their whole width
+_TILE_ROWS = 768  # rows that a row of tiles needs, for that bound
+_ROW = 70 << 20  # bytes of a row of pieces that are always in order
+_STRIP = 32_000  # columns that a strip has in any case, if a row of pieces is no more than half the store
+_COLUMNS = 20  # pieces that a strip has in any case: one in 20 is in two strips
+_ALONG = 8  # pieces of a row that a remote file is asked for at once: their ranges follow one another
+_tokens = itertools.count()  # names readers for as long as the process lives
 _OPTIONS = {  # an environment variable of the same name wins
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # a JPEG cut short is otherwise filled with grey
     "GDAL_PNG_WHOLE_IMAGE_OPTIM": False,  # a PNG cut short otherwise reads as noise, without an error
@@ -97,14 +115,18 @@ def _exists(text: str) -> bool:
         return False
 
 
-@cache
-def _bound_cache() -> None:
-    """Bound GDAL's block cache, once a process: its default is a share of the machine, whatever else runs there.
+_cache_mb = 0
+
+
+def _bound_cache(megabytes: int) -> None:
+    """Bound GDAL's block cache: its default is a share of the machine, whatever else runs there. It only grows.
 
     Not an option of `gdal()`: rasterio takes that in bytes and undoes it at the end of every block.
     """
-    if "GDAL_CACHEMAX" not in os.environ:
-        set_gdal_config("GDAL_CACHEMAX", CACHE_MB << 20)
+    global _cache_mb
+    if "GDAL_CACHEMAX" not in os.environ and megabytes > _cache_mb:
+        set_gdal_config("GDAL_CACHEMAX", megabytes << 20)
+        _cache_mb = megabytes
 
 
 @contextmanager
@@ -130,8 +152,13 @@ class Reader:
         self._reset()
         with gdal():
             self.facts = _facts(self._dataset(None), self.given, height, dem)
+        if self.facts.driver == "VRT" or _bytes_of(self.facts, *self.facts.block) > _LARGEST_BLOCK:
+            _bound_cache(LARGE_CACHE_MB)
 
     def _reset(self) -> None:
+        self._token = next(_tokens)
+        weakref.finalize(self, STORE.leave, self._token).atexit = False
+        self._levels: dict[int | None, tuple[tuple[int, int], tuple[int, int]]] = {}
         self._local = threading.local()
         self._lock = threading.Lock()
         self._held: weakref.WeakSet[Any] = weakref.WeakSet()  # a thread that ends closes its own
@@ -151,6 +178,7 @@ class Reader:
             self._local = threading.local()
         for dataset in held:
             dataset.close()
+        STORE.forget(self._token)
 
     def _dataset(self, level: int | None) -> Any:
         """The calling thread's handle on an overview level, or on the full resolution where `level` is
@@ -167,13 +195,120 @@ class Reader:
 
     def shape(self, level: int | None) -> tuple[int, int]:
         """Rows and columns of an overview level; of the scene where `level` is None."""
-        if level is None:
-            return self.facts.height, self.facts.width
-        with gdal():
-            dataset = self._dataset(level)
-            return dataset.height, dataset.width
+        return self._level(level)[0]
+
+    def piece(self, level: int | None) -> tuple[int, int]:
+        """Rows and columns of a piece: what is decoded and kept at once, in whole blocks of the level."""
+        return self._level(level)[1]
+
+    def _level(self, level: int | None) -> tuple[tuple[int, int], tuple[int, int]]:
+        if level not in self._levels:
+            shape, block = (self.facts.height, self.facts.width), self.facts.block
+            if level is not None:
+                with gdal():
+                    dataset = self._dataset(level)
+                    shape, block = (dataset.height, dataset.width), tuple(dataset.block_shapes[0])
+            self._levels[level] = shape, _piece(self.facts, shape, block)
+        return self._levels[level]
+
+    def strip(self, level: int | None, bands: int) -> int:
+        """Columns of a level, so many that a row of pieces fits in memory and that few columns are in two strips."""
+        (_, wide), (rows, columns) = self._level(level)
+        if self.facts.block[1] >= self.facts.width:
+            return columns
+        row = _bytes_of(self.facts, rows, 1, bands)
+        return min(wide, max(_ROW // row, min(_STRIP, LIMIT // 2 // row), _COLUMNS * columns))
+
+    def pieces(
+        self,
+        bands: tuple[int, ...],
+        window: tuple[int, int, int, int],
+        level: int | None = None,
+        judged: tuple[int, ...] | None = None,
+    ) -> list[Key]:
+        """The pieces that a window lies on; none where they would fill the store: it is then read as it is."""
+        if self._pid != os.getpid():
+            self._reset()
+        x, y, w, h = window
+        rows, columns = self._level(level)[1]
+        across, down = range(x // columns, -(-(x + w) // columns)), range(y // rows, -(-(y + h) // rows))
+        if len(across) * len(down) * _bytes_of(self.facts, rows, columns, len(bands)) > LIMIT // 2:
+            return []
+        return [Key(self._token, level, bands, judged, row, column) for row in down for column in across]
 
     def read(
+        self,
+        bands: tuple[int, ...],
+        window: tuple[int, int, int, int],
+        level: int | None = None,
+        judged: tuple[int, ...] | None = None,
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Raw numbers `(band, y, x)` in the file's type and declared validity `(y, x)` of a window, put together
+        from pieces; both are the caller's own.
+
+        The window is `(x, y, w, h)` in pixels of the level. Valid is a pixel that is finite in every band,
+        differs from nodata in at least one (a colour may well hold the number that means nodata in another
+        band), and is not masked or transparent; with `judged`, some of `bands`, these alone decide.
+        """
+        keys = self.pieces(bands, window, level, judged)
+        if not keys:
+            return self.look(bands, window, level, judged=judged)
+        try:
+            found = STORE.fetch(keys, self._decode, self._along(keys))
+        except SceneError:  # of a piece; the window may be whole, or else is what the message has to name
+            return self.look(bands, window, level, judged=judged)
+        finally:
+            STORE.had(keys)
+        x, y, w, h = window
+        rows, columns = self._level(level)[1]
+        raw = np.empty((len(bands), h, w), found[0].raw.dtype)
+        valid = np.ones((h, w), bool)
+        for key, piece in zip(keys, found, strict=True):
+            left, top = key.column * columns, key.row * rows
+            x0, x1 = max(x, left), min(x + w, left + piece.raw.shape[2])
+            y0, y1 = max(y, top), min(y + h, top + piece.raw.shape[1])
+            here, there = (
+                np.s_[y0 - y : y1 - y, x0 - x : x1 - x],
+                np.s_[y0 - top : y1 - top, x0 - left : x1 - left],
+            )
+            raw[:, *here] = piece.raw[:, *there]
+            if piece.valid is not None:
+                valid[here] = piece.valid[there]
+        return raw, valid
+
+    def _along(self, keys: list[Key]) -> list[Key]:
+        """The pieces that follow in the rows of `keys`, of a remote file: one request brings them along."""
+        if not self.path.startswith("/vsi"):
+            return []
+        last = max(key.column for key in keys)
+        return [
+            key._replace(column=key.column + step)
+            for key in keys
+            if key.column == last
+            for step in range(1, _ALONG)
+        ]
+
+    def _decode(self, keys: Sequence[Key]) -> list[Piece]:
+        """Pieces of one level; those that follow one another in a row are read at once."""
+        made: dict[Key, Piece] = {}
+        for key in sorted(keys, key=lambda key: (key.row, key.column)):
+            if key in made:
+                continue
+            run = 1
+            while key._replace(column=key.column + run) in keys:
+                run += 1
+            (high, wide), (rows, columns) = self._level(key.level)
+            x, y = key.column * columns, key.row * rows
+            window = (x, y, min(run * columns, wide - x), min(rows, high - y))
+            raw, valid = self.look(key.bands, window, key.level, judged=key.judged)
+            for step in range(run):
+                part = slice(step * columns, (step + 1) * columns)
+                mine = raw if run == 1 else raw[:, :, part].copy()
+                seen = None if valid[:, part].all() else valid[:, part].copy()
+                made[key._replace(column=key.column + step)] = Piece(mine, seen)
+        return [made[key] for key in keys]
+
+    def look(
         self,
         bands: tuple[int, ...],
         window: tuple[int, int, int, int],
@@ -181,12 +316,9 @@ class Reader:
         shape: tuple[int, int] | None = None,
         judged: tuple[int, ...] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Raw numbers `(band, y, x)` in the file's type and declared validity `(y, x)` of a window.
+        """What `read` gives, from the file and past the store: for a window that is needed once.
 
-        The window is `(x, y, w, h)` in pixels of the level. Valid is a pixel that is finite in every band,
-        differs from nodata in at least one (a colour may well hold the number that means nodata in another
-        band), and is not masked or transparent. With `shape` the window is decimated to it by nearest
-        neighbour; with `judged`, some of `bands`, these alone decide what is valid.
+        With `shape` the window is decimated to it by nearest neighbour.
         """
         where, seen = Window(*window), judged or bands
         with gdal():
@@ -204,6 +336,29 @@ class Reader:
                 ) from error
         values = raw if judged is None else raw[[bands.index(b) for b in judged]]
         return raw, valid & _declared(values, [self.facts.nodata[b - 1] for b in seen])
+
+
+def _bytes_of(facts: Facts, rows: int, columns: int, bands: int | None = None) -> int:
+    """Bytes of so many pixels of some bands; of all bands by default."""
+    return rows * columns * np.dtype(facts.bands.dtype).itemsize * (bands or len(facts.bands.interpretations))
+
+
+def _piece(facts: Facts, shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the pieces of a level of this shape, stored in these blocks.
+
+    Files in tiles: about `_PIECE` a side. Files in strips: whole rows, or parts of them where what a row of tiles
+    needs would not fit.
+    """
+    (high, wide), (rows, columns) = shape, block
+    if columns < wide:
+        rows, columns = (max(1, _PIECE // side) * side for side in block)
+    else:
+        parts = -(-_bytes_of(facts, _TILE_ROWS, wide) // _PARTS)
+        columns = -(-wide // parts)
+        rows *= max(1, round(_STRIP_PIECE / columns / rows))
+    if _bytes_of(facts, rows, columns) > _LARGEST_BLOCK:
+        rows, columns = min(rows, _PIECE), min(columns, wide if block[1] >= wide else _PIECE)
+    return min(rows, high), min(columns, wide)
 
 
 def _declared(raw: NDArray[Any], nodata: list[float | None]) -> NDArray[np.bool_]:
@@ -225,7 +380,7 @@ def _open(path: str, given: str, level: int | None) -> Any:
     """A new handle. SceneError, one line, where the file is missing or no raster."""
     if not path.startswith("/vsi") and ":" not in path and not _exists(path):
         raise SceneError(f"{given} does not exist; check the path")
-    _bound_cache()
+    _bound_cache(CACHE_MB)
     options = {} if level is None else {"overview_level": level}
     with _opening, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)

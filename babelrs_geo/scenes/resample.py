@@ -8,12 +8,18 @@ valid take no part: `sum(w v x) / sum(w v)`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+_STRIP_PIXELS = 1 << 23  # read at once where a far smaller scale has no overview to come from
+
+Window = tuple[int, int, int, int]
+Read = tuple[NDArray[Any], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,43 @@ class Taps:
     """(n, k) input pixels, relative to `first`."""
     weight: NDArray[np.float32]
     """(n, k) weights; each row sums to 1 but for rounding."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a window at another scale is made of."""
+
+    parts: tuple[Window, ...]
+    """`(x, y, w, h)` in pixels of what is read: strips, downward."""
+    means: int
+    """Pixels a side that are first brought to their mean; 1 for none."""
+    down: Taps
+    across: Taps
+
+    @classmethod
+    def of(cls, window: Window, shape: tuple[int, int], read: tuple[int, int]) -> Source:
+        """What a window of a scene of `shape` rows and columns needs of the same scene in `read` rows and columns."""
+        x, y, w, h = window
+        high, wide = read
+        factors = high / shape[0], wide / shape[1]
+        left = min(factors)
+        k = (
+            int(left / 2) if left > 4 else 1
+        )  # the filter then spans few pixels, and memory stays that of strips
+        down = taps(y, y + h, factors[0] / k, -(-high // k))
+        across = taps(x, x + w, factors[1] / k, -(-wide // k))
+        x0, x1 = across.first * k, min(across.last * k, wide)
+        step = max(1, _STRIP_PIXELS // ((x1 - x0) * k)) * k
+        end = min(down.last * k, high)
+        parts = tuple((x0, y0, x1 - x0, min(step, end - y0)) for y0 in range(down.first * k, end, step))
+        return cls(parts, k, down, across)
+
+    def resample(self, strips: Iterable[Read]) -> Read:
+        """The window from its `parts`, which may come one by one."""
+        small = [shrink(*strip, self.means) if self.means > 1 else strip for strip in strips]
+        raw = np.concatenate([s[0] for s in small], axis=1)
+        valid = np.concatenate([s[1] for s in small], axis=0)
+        return resample(raw, valid, self.down, self.across)
 
 
 def taps(start: int, stop: int, factor: float, size: int) -> Taps:

@@ -8,7 +8,8 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 
 from babelrs_geo.errors import ParameterError, SensorError
 from babelrs_geo.georef import Georef
+from babelrs_geo.scenes.blocks import STORE
 from babelrs_geo.scenes.collar import SMEAR, Collar, find
+from babelrs_geo.scenes.develop import develop
 from babelrs_geo.scenes.reader import Facts, Reader
-from babelrs_geo.scenes.resample import resample, shrink, taps
+from babelrs_geo.scenes.resample import Source
 from babelrs_geo.sensors import Radiometry, Sensor, choose_bands, choose_kind, estimate, infer, magnitude
 
 if TYPE_CHECKING:
@@ -31,7 +34,6 @@ Window = tuple[int, int, int, int]
 
 _SURVEY_PIXELS = 1 << 22  # what is looked at once a scene to set ranges and the valid share
 _SURVEY_SIDE = 8  # spread windows a side, where no overview serves
-_STRIP_PIXELS = 1 << 23  # read at once where a far smaller scale has no overview to come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +201,44 @@ class Scene:
         """
         rows, columns = self.shape_at(scale)
         _check(window, rows, columns)
-        if (rows, columns) == (self.height, self.width):
+        level, source, parts = self._parts(window, rows, columns)
+        if source is None:
             raw, valid = self._level(window, None)
         else:
-            raw, valid = self._resampled(window, rows, columns)
-        return Pixels(self.radiometry.apply(raw, valid), valid)
+            raw, valid = source.resample(self._level(part, level) for part in parts)
+        return Pixels(develop(self.radiometry, raw, valid), valid)
+
+    @contextmanager
+    def expecting(self, windows: Iterable[Window], scale: float = 1.0) -> Iterator[None]:
+        """Announce the windows that will be read at `scale`, each once, by whatever threads: what several of them
+        need is decoded once and let go after the last, and a remote file is asked for more at a time.
+
+        The best order is `Grid.order(scene.strip(scale))`: row by row, in vertical strips where the scene is wide.
+        Then every block is decoded once (in strips, one block column in 20 at most twice), and what is held is one
+        row of blocks and a little more. Any other order gives the same pixels, at the cost of memory (256 MB at
+        most) and, beyond that, of decoding again. A part of n rows of tiles that is read by another process decodes
+        about n + 1 rows of blocks.
+        """
+        rows, columns = self.shape_at(scale)
+        keys = STORE.expect(
+            key
+            for level, _, parts in (self._parts(window, rows, columns) for window in windows)
+            for part in parts
+            for key in self._reader.pieces(self._bands, part, level)
+        )
+        try:
+            yield
+        finally:
+            STORE.unexpect(keys)
+
+    def strip(self, scale: float = 1.0) -> int:
+        """How many pixels wide a vertical strip of the scene, read at `scale`, may be so that the rows of blocks
+        that a row of tiles needs are held in memory; the scene's width where it is no wider.
+        """
+        rows, columns = self.shape_at(scale)
+        level = self._finer(rows, columns)
+        wide = self._reader.strip(level, len(self._bands))
+        return max(1, wide * columns // self._reader.shape(level)[1])
 
     def read_raw(self, window: Window) -> NDArray[Any]:
         """The file's own numbers in a window of scene pixels, all bands: `(band, y, x)`."""
@@ -329,7 +364,7 @@ class Scene:
             windows = [(x, y, w, h) for y, h in _spread(shape[0]) for x, w in _spread(shape[1])]
         taken, seen = [], 0
         for window in windows:
-            raw, valid = self._level(window, level, bands)
+            raw, valid = self._level(window, level, bands, once=True)
             seen += valid.size
             taken.append(raw[:, valid])
         if len(windows) > 1 and seen > 100 * sum(part.shape[1] for part in taken):  # a small island of data
@@ -337,13 +372,17 @@ class Scene:
             raw, valid = self._decimated(step, bands)
             seen, taken = valid.size, [raw[:, valid]]
         sample = np.concatenate(taken, axis=1)
+        taken.clear()
         return _Survey(sample, sample.shape[1] / seen)
 
     def _level(
-        self, window: Window, level: int | None, bands: tuple[int, ...] | None = None
+        self, window: Window, level: int | None, bands: tuple[int, ...] | None = None, *, once: bool = False
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Raw numbers and validity, the collar included, of a window in pixels of an overview level."""
-        raw, valid = self._reader.read(bands or self._bands, window, level)
+        """Raw numbers and validity, the collar included, of a window in pixels of an overview level; `once` where
+        no other window will need the same blocks.
+        """
+        read = self._reader.look if once else self._reader.read
+        raw, valid = read(bands or self._bands, window, level)
         rows, columns = self._reader.shape(level)
         r = (np.arange(window[1], window[1] + window[3]) * 2 + 1) * self.height // (2 * rows)
         c = (np.arange(window[0], window[0] + window[2]) * 2 + 1) * self.width // (2 * columns)
@@ -352,7 +391,7 @@ class Scene:
     def _decimated(self, step: int, bands: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Raw numbers and validity of one pixel in `step` along each axis: reads all of the file."""
         shape = (-(-self.height // step), -(-self.width // step))
-        raw, valid = self._reader.read(bands, (0, 0, self.width, self.height), shape=shape)
+        raw, valid = self._reader.look(bands, (0, 0, self.width, self.height), shape=shape)
         r, c = (
             (2 * np.arange(n) + 1) * size // (2 * n)
             for n, size in zip(shape, (self.height, self.width), strict=True)
@@ -367,51 +406,49 @@ class Scene:
         """
         raw = magnitude(raw)
         if self.options.collar and valid.any():
+            dark: NDArray[Any] = raw if raw.dtype.kind == "u" else np.abs(raw)
+            if self._collar is None and dark.max(axis=0).min() > self._black:
+                return raw, valid  # most scenes have no black pixel: nothing is searched until one turns up
             collar = self._found_collar()
             near = collar.covers(rows, columns)
             if near is not None:
-                dark: NDArray[Any] = raw if raw.dtype.kind == "u" else np.abs(raw)
                 valid &= ~(near & (dark <= collar.tolerance).all(axis=0))
         return raw, valid
+
+    @property
+    def _black(self) -> int:
+        """The largest number that is black: above 0 where lossy compression smears it."""
+        facts = self._reader.facts
+        return SMEAR if facts.lossy and self.dtype == "uint8" and self.georef.kind != "none" else 0
 
     def _found_collar(self) -> Collar:
         with self._lock:
             if self._collar is None:
-                facts = self._reader.facts
 
                 def black(window: Window, shape: tuple[int, int]) -> NDArray[np.bool_]:
-                    raw, valid = self._reader.read(self._bands, window, shape=shape)
+                    raw, valid = self._reader.look(self._bands, window, shape=shape)
                     return ~valid | (raw == 0).all(axis=0)
 
-                smeared = facts.lossy and self.dtype == "uint8" and self.georef.kind != "none"
-                self._collar = find(self.width, self.height, SMEAR if smeared else 0, black)
+                self._collar = find(self.width, self.height, self._black, black)
             return self._collar
 
-    def _resampled(self, window: Window, rows: int, columns: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """A window of the scene brought to `rows` by `columns`, from the overview that is just finer, or from
-        means.
-        """
+    def _finer(self, rows: int, columns: int) -> int | None:
+        """The overview level that is just finer than the scene at `rows` by `columns`; None for the scene itself."""
         factor = min(self.height / rows, self.width / columns)
         finer = [i for i, d in enumerate(self._reader.facts.overviews) if d <= factor]
-        level = finer[-1] if finer else None
-        high, wide = self._reader.shape(level)
-        left = min(high / rows, wide / columns)
-        k = (
-            int(left / 2) if left > 4 else 1
-        )  # the filter then spans few pixels, and memory stays that of strips
-        x, y, w, h = window
-        down = taps(y, y + h, high / rows / k, -(-high // k))
-        across = taps(x, x + w, wide / columns / k, -(-wide // k))
-        x0, x1 = across.first * k, min(across.last * k, wide)
-        step = max(1, _STRIP_PIXELS // ((x1 - x0) * k)) * k
-        strips = []
-        for y0 in range(down.first * k, min(down.last * k, high), step):
-            y1 = min(y0 + step, down.last * k, high)
-            part = self._level((x0, y0, x1 - x0, y1 - y0), level)
-            strips.append(shrink(*part, k) if k > 1 else part)
-        raw = np.concatenate([s[0] for s in strips], axis=1)
-        valid = np.concatenate([s[1] for s in strips], axis=0)
-        return resample(raw, valid, down, across)
+        return finer[-1] if finer else None
+
+    def _parts(
+        self, window: Window, rows: int, columns: int
+    ) -> tuple[int | None, Source | None, list[Window]]:
+        """What a window of the scene at `rows` by `columns` is read from: the overview level, how it is resampled
+        (None: not at all), and windows of the level.
+        """
+        if (rows, columns) == (self.height, self.width):
+            return None, None, [window]
+        level = self._finer(rows, columns)
+        source = Source.of(window, (rows, columns), self._reader.shape(level))
+        return level, source, list(source.parts)
 
 
 def _check(window: Window, rows: int, columns: int) -> None:

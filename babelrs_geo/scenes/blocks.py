@@ -1,0 +1,162 @@
+"""Decoded pieces of rasters, shared by the threads of a process, so that what many windows need is decoded once.
+
+A *piece* is some whole blocks of a file, raw numbers and declared validity. `Store` hands each piece to one
+thread to decode while the others that need it wait, keeps at most `limit` bytes (least recently used pieces go
+first), and drops a piece at once when all windows that were announced (`expect`) have had it: a walk over a
+scene then holds one row of blocks and a little more, whatever the scene's height.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+LIMIT = 256 << 20
+"""Bytes of pieces held at most, and twice that while threads still use what was dropped."""
+
+
+class Key(NamedTuple):
+    """Names a piece within a process."""
+
+    owner: int
+    """The reader that decodes it."""
+    level: int | None
+    """Overview level, None for the full resolution."""
+    bands: tuple[int, ...]
+    judged: tuple[int, ...] | None
+    """The bands that decide what is valid; None for all of `bands`."""
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some whole blocks of a file, decoded."""
+
+    raw: NDArray[Any]
+    """(band, y, x) in the file's type."""
+    valid: NDArray[np.bool_] | None
+    """(y, x) declared validity; None where every pixel is valid."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.raw.nbytes + (0 if self.valid is None else self.valid.nbytes)
+
+
+Decode = Callable[[Sequence[Key]], Sequence[Piece]]
+
+
+class Store:
+    """Pieces by key, for all threads. `decoded` counts pieces, for tests and benchmarks."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.limit = limit
+        self.decoded = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget everything; in a forked child also the locks, which a thread of the parent may have held."""
+        self._lock = threading.Lock()
+        self._held: OrderedDict[Key, Future[Piece]] = OrderedDict()
+        self._expected: Counter[Key] = Counter()
+        self._bytes = 0
+        self._gone: deque[int] = deque()
+
+    def fetch(self, keys: Sequence[Key], decode: Decode, more: Sequence[Key] = ()) -> list[Piece]:
+        """The pieces of `keys`: held ones, those that another thread is decoding, and the rest by `decode`.
+
+        `more` are pieces to decode along with the missing ones, where they are expected and missing too.
+        Raises what `decode` raised, in every thread that needs one of its pieces.
+        """
+        while self._gone:
+            self.forget(self._gone.popleft())
+        with self._lock:
+            mine = [key for key in keys if key not in self._held]
+            if mine:
+                mine += [key for key in more if key in self._expected and key not in self._held]
+            for key in mine:
+                self._held[key] = Future()
+            for key in keys:
+                self._held.move_to_end(key)
+            waiting = [self._held[key] for key in keys]
+            claimed = {key: self._held[key] for key in mine}
+        if mine:
+            self._decode(claimed, decode)
+        return [future.result() for future in waiting]
+
+    def _decode(self, claimed: dict[Key, Future[Piece]], decode: Decode) -> None:
+        try:
+            pieces = decode(list(claimed))
+        except BaseException as error:
+            with self._lock:
+                for key, future in claimed.items():
+                    if self._held.get(key) is future:
+                        del self._held[key]
+            for future in claimed.values():
+                future.set_exception(error)
+            raise
+        with self._lock:
+            self.decoded += len(pieces)
+            for (key, future), piece in zip(claimed.items(), pieces, strict=True):
+                future.set_result(piece)
+                if self._held.get(key) is future:
+                    self._bytes += piece.nbytes
+            for key in [key for key, future in self._held.items() if future.done()]:
+                if self._bytes <= self.limit:
+                    break
+                self._drop(key)
+
+    def expect(self, keys: Iterable[Key]) -> set[Key]:
+        """Announce reads: one for each time a key is given. Returns the keys, for `unexpect`."""
+        counts = Counter(keys)
+        with self._lock:
+            self._expected.update(counts)
+        return set(counts)
+
+    def unexpect(self, keys: Iterable[Key]) -> None:
+        """The announced reads end here, whether they took place or not."""
+        with self._lock:
+            for key in keys:
+                self._expected.pop(key, None)
+                self._drop(key)
+
+    def had(self, keys: Iterable[Key]) -> None:
+        """A read of these pieces has ended: those that no other announced read needs are dropped."""
+        with self._lock:
+            for key in keys:
+                left = self._expected.get(key, 0)
+                if left == 1:
+                    del self._expected[key]
+                    self._drop(key)
+                elif left:
+                    self._expected[key] = left - 1
+
+    def forget(self, owner: int) -> None:
+        """Drop all pieces of a reader."""
+        with self._lock:
+            for key in [key for key in self._held if key.owner == owner]:
+                self._drop(key)
+
+    def leave(self, owner: int) -> None:
+        """Drop all pieces of a reader with the next `fetch`: for finalizers, which must not wait for a lock."""
+        self._gone.append(owner)
+
+    def _drop(self, key: Key) -> None:
+        """Let go of a piece; one that is being decoded is left to those who wait for it."""
+        future = self._held.get(key)
+        if future is not None and future.done():
+            del self._held[key]
+            self._bytes -= future.result().nbytes
+
+
+STORE = Store()
+os.register_at_fork(after_in_child=STORE.renew)
