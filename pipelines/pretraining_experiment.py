@@ -6,8 +6,8 @@
 
 Arm by arm and seed by seed; what is done is left alone and what was stopped goes on, so the same command is run until
 nothing is left. Each arm leaves what `babelrs-geo train` leaves, in OUT/C.1; those that have seed and layers in common
-start from one encoder, which `babelrs-geo pretrain` left in OUT/pretrain.paper.1. OUT/results.json and OUT/results.md
-have what came out so far. `--steps` shortens everything, to see that it runs.
+start from one encoder, which `babelrs-geo pretrain` left in OUT/pretrain.paper.1. Arms may run side by side (`--only`).
+OUT/results.json and OUT/results.md have what came out so far. `--steps` shortens everything, to see that it runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ def tell(every: Sequence[Arm], out: Path) -> None:
     """Write what came out so far."""
     results = [found for arm in every if (found := outcome(arm, out)) is not None]
     for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", table(results))):
-        draft = out / f".{name}.part"
+        draft = out / f".{name}.{os.getpid()}"
         draft.write_text(text, encoding="utf-8")
         draft.replace(out / name)
 
