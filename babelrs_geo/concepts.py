@@ -53,6 +53,20 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Each concept, and what else it is called; plurals, hyphens, capitals and missing spaces aside."""
 
+LONGEST = {
+    "bicycle": 3.0,
+    "bus": 30.0,
+    "car": 20.0,  # also what is labelled as a vehicle, lorries among them
+    "helicopter": 45.0,
+    "large vehicle": 60.0,
+    "person": 3.0,
+    "plane": 120.0,
+    "ship": 460.0,
+    "truck": 60.0,
+    "van": 10.0,
+}
+"""Metres that nothing of a kind exceeds: the ship Seawise Giant had 458 m, the wings of the plane Roc span 117 m."""
+
 _IRREGULAR = {"person": "people", "aircraft": "aircraft"}
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")  # OtherVehicle
 _VOWEL = re.compile(r"^(?!eu|uni|use|one\b)[aeiou]|^(hour|heir|x-ray)")
@@ -63,6 +77,11 @@ def concept(name: str) -> str:
     """The concept that a class of some labels is. Raises LabelError where the name has no letter or digit."""
     plain = tidy(name)
     return _TABLE.get(plain.replace(" ", ""), plain)
+
+
+def longest(name: str) -> float | None:
+    """Metres that no object of a class exceeds in length; None for what has no limit, as a bridge."""
+    return LONGEST.get(concept(name))
 
 
 def tidy(name: str) -> str:

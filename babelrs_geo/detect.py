@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from babelrs_geo import concepts
 from babelrs_geo.errors import (
     GeorefError,
     LabelError,
@@ -40,6 +41,9 @@ NATIVE = "native"
 # A scene this little outside the weights' range of ground sampling is read at its own pixels: resampling
 # blurs more than 2 % of size tells the detector.
 GSD_TOLERANCE = 1.02
+
+# An object that is shorter than this, in pixels of the scene, cannot be told from a bright spot.
+PIXELS_TO_SEE = 3.0
 
 # Beyond this factor, in resampling or in distance from the weights' range, what is found is no longer to be
 # relied on.
@@ -209,13 +213,21 @@ def detect(
 def plan_for(scene: Scene, header: Header, options: DetectOptions) -> Plan:
     """How `scene` will be read for weights with this header.
 
-    Raises `WeightsError` where they lack the scene's sensor, `ParameterError` for a class they do not know or
-    a ground sampling asked of a scene without georeference.
+    Classes of which the longest there is would be shorter than three of the scene's pixels are not looked for, unless
+    a ground sampling is asked for.
+
+    Raises `WeightsError` where they lack the scene's sensor, `SceneError` where no class can be seen in the scene,
+    `ParameterError` for a class they do not know or a ground sampling asked of a scene without georeference.
     """
     sensor = str(scene.sensor)
     classes = header.chosen(sensor, options.classes)
+    unseen = () if options.gsd is not None else _unseen(scene, classes)
+    classes = tuple(name for name in classes if name not in unseen)
     low, high = header.gsd[sensor]
     scale, gsd, caution = _scale(scene.gsd, (low, high), options.gsd)
+    if unseen:
+        few = f"{concepts.listed(list(unseen))} cannot be seen in pixels of {scene.gsd:.3g} m and is not looked for"
+        caution = f"{caution}; {few}" if caution else few
     height, width = scene.shape_at(scale)
     grid = Grid(width=width, height=height, tile=options.tile or header.tile, overlap=options.overlap)
     return Plan(grid, scale, gsd, classes, caution)
@@ -309,6 +321,24 @@ def _scale(
             ),
         )
     return scale, target, ""
+
+
+def _unseen(scene: Scene, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes whose longest objects are shorter than `PIXELS_TO_SEE` of the scene's pixels; SceneError where all
+    are.
+    """
+    if scene.gsd is None:
+        return ()
+    most = {name: metres for name in classes if (metres := concepts.longest(name)) is not None}
+    unseen = tuple(name for name, metres in most.items() if metres < PIXELS_TO_SEE * scene.gsd)
+    if len(unseen) < len(classes):
+        return unseen
+    pixels = max(most.values()) / scene.gsd
+    raise SceneError(
+        f"{scene.name}: its pixels of {scene.gsd:.3g} m cannot show {concepts.listed(list(unseen), 'or')}: the longest "
+        f"there is has {pixels:.1f} of them, and {PIXELS_TO_SEE:g} are needed; take a finer scene, or pass --gsd to "
+        "look all the same"
+    )
 
 
 def _times(scale: float) -> str:

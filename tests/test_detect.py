@@ -25,6 +25,7 @@ from simple_scenes import (
 )
 
 import babelrs_geo as bg
+from babelrs_geo import concepts
 from babelrs_geo import detect as detect_function
 from babelrs_geo.errors import GeorefError, LabelError, OutputError, ParameterError, SceneError, WeightsError
 from babelrs_geo.models.detector import DetectorConfig
@@ -120,6 +121,24 @@ def test_ground_sampling_is_brought_into_the_weights_range(scene, known, asked, 
     )
 
 
+def test_what_no_pixel_could_show_is_not_looked_for(scene, monkeypatch):
+    assert scene.gsd == pytest.approx(10, rel=0.01)
+    header = BrightHeader(gsd={"sar": (5.0, 20.0)})
+    options = bg.DetectOptions(**SMALL)
+    monkeypatch.setitem(concepts.LONGEST, "ship", 2.9 * scene.gsd)
+    with pytest.raises(
+        SceneError, match=r"pixels of 10 m cannot show .*ship: the longest .* has 2.9 of them"
+    ):
+        detect_module.plan_for(scene, header, options)
+    asked = bg.DetectOptions(**SMALL, gsd=10.0)
+    assert detect_module.plan_for(scene, header, asked).classes == header.classes["sar"]
+    monkeypatch.setitem(concepts.LONGEST, "ship", 3.1 * scene.gsd)
+    assert not detect_module.plan_for(scene, header, options).caution
+    two = BrightHeader(gsd={"sar": (5.0, 20.0)}, classes={"sar": ("bridge", "person")})
+    plan = detect_module.plan_for(scene, two, options)
+    assert plan.classes == ("bridge",) and plan.caution.startswith("person cannot be seen in pixels of 10 m")
+
+
 @pytest.mark.parametrize(
     ("known", "asked", "words"),
     [
@@ -140,9 +159,9 @@ def test_classes_are_selected_in_the_order_of_the_weights_and_unknown_ones_are_r
     image = np.stack([canvas(60, 60, SHIPS[:2])] * 3)
     with scene_of(tmp_path / "town.tif", image, "rgb") as scene:
         weights = BrightWeights()
-        found = bg.detect(scene, weights, bg.DetectOptions(classes=("vehicle", "ship"), score=0.1))
-        assert weights.asked == [("rgb", 0.1, ("ship", "vehicle"))]
-        assert found.provenance["parameters"]["classes"] == ["ship", "vehicle"]
+        found = bg.detect(scene, weights, bg.DetectOptions(classes=("ship", "plane"), score=0.1))
+        assert weights.asked == [("rgb", 0.1, ("plane", "ship"))]
+        assert found.provenance["parameters"]["classes"] == ["plane", "ship"]
         with pytest.raises(ParameterError, match=r'unknown class "car" for rgb: .* plane, ship, vehicle'):
             bg.detect(scene, weights, bg.DetectOptions(classes=("car",)))
 
