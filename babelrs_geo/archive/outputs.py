@@ -41,7 +41,9 @@ def place(folder: Path, drafts: Path, output: str) -> set[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in files_of(output):
         final = folder / name
-        (drafts / final.name).replace(final)
+        draft = drafts / final.name
+        if draft.exists() or not final.exists():  # else it was placed, and the run was stopped before its row
+            draft.replace(final)
     return {target.parent}
 
 

@@ -40,6 +40,9 @@ from babelrs_geo.errors import OutputError, ParameterError
 Progress = Callable[[int, int], None]
 """Called with (scenes ended, scenes in all)."""
 
+Stop = Callable[[], bool]
+"""Asked between steps whether the run is to stop."""
+
 SUFFIXES = (".gpkg", ".parquet")
 _AHEAD = 256  # rows taken from the ledger at once
 _SETTLE = 64  # scenes settled in one transaction, or fewer after
@@ -107,11 +110,12 @@ def run(
     parameters: Mapping[str, Any],
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    stop: Stop = lambda: False,
 ) -> Ended:
     """Work on all scenes that are not done with these parameters, and go on where an earlier run stopped.
 
     `sources` lists the scenes; `parameters` are JSON values that decide the results, the weights' hash among them (key
-    `weights`). A KeyboardInterrupt stops the workers and leaves the ledger true.
+    `weights`). Where `stop` says so, the workers are stopped and KeyboardInterrupt is raised.
 
     Raises OutputError where another run has the folder or the disk is full, and what `sources` and `job.start` raise.
     """
@@ -129,7 +133,7 @@ def run(
         drafts = _fresh_drafts(folder, stack)
         # Workers start while the plan is made.
         crew = stack.enter_context(hired(job, options.limits, options.workers))
-        loop = _Loop(folder, ledger, crew, drafts, recipe, options, str(parameters.get("weights", "")))
+        loop = _Loop(folder, ledger, crew, drafts, recipe, options, str(parameters.get("weights", "")), stop)
         ledger.plan(loop.remembering(sources()))
         ledger.begin(recipe)
         ledger.set(
@@ -137,7 +141,7 @@ def run(
         )
         loop.go(progress)
         while options.watch is not None:
-            time.sleep(options.watch)
+            loop.wait(options.watch)
             if ledger.plan(loop.remembering(_settled(sources(), options.watch))):
                 loop.go(progress)
         return Ended(folder, ledger.counts(), loop.worked, time.perf_counter() - begun)
@@ -178,6 +182,7 @@ class _Loop:
     recipe: str
     options: RunOptions
     weights: str
+    stop: Stop
     worked: int = 0
 
     def __post_init__(self) -> None:
@@ -189,6 +194,7 @@ class _Loop:
     def remembering(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; keeps in memory how those are opened whose address may not be written down."""
         for item in items:
+            self._heed()
             if item.path != item.source:
                 self._opened[item.source] = item.path
             yield item
@@ -200,6 +206,7 @@ class _Loop:
         done, last = total - left, time.monotonic()
         try:
             while self._hand_out() or self._out:
+                self._heed()
                 for task, outcome in self.crew.finished(_SETTLE_SECONDS):
                     if isinstance(outcome, BaseException):
                         raise outcome
@@ -211,6 +218,17 @@ class _Loop:
                         progress(done, total)
         finally:
             self._leave()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, but for being told to stop."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._heed()
+            time.sleep(min(left, 0.2))
+
+    def _heed(self) -> None:
+        if self.stop():
+            raise KeyboardInterrupt
 
     def _leave(self) -> None:
         """Settle what has ended, and give back the rest."""

@@ -50,17 +50,17 @@ class Item:
     """Why it cannot be processed, where the plan already shows it."""
 
 
-def find(sources: Sequence[str], leave_out: Path | None = None) -> Iterator[Item]:
+def find(sources: Sequence[str], leave_out: Path | None = None, asset: str | None = None) -> Iterator[Item]:
     """The scenes of folders, globs, manifests (.txt, .csv, .parquet), STAC ItemCollections (.json) and single paths.
 
-    `leave_out` is a folder whose files are no scenes: the results. Raises ParameterError where a source is not there,
-    LabelError where a manifest cannot be read.
+    `leave_out` is a folder whose files are no scenes: the results; `asset` names the one of a STAC item that is. Raises
+    ParameterError where a source is not there, LabelError where a manifest cannot be read.
     """
     for source in sources:
-        yield from _find(source, leave_out)
+        yield from _find(source, leave_out, asset)
 
 
-def _find(source: str, leave_out: Path | None) -> Iterator[Item]:
+def _find(source: str, leave_out: Path | None, asset: str | None) -> Iterator[Item]:
     path = Path(source)
     remote = "://" in source or source.startswith("/vsi")
     ending = path.suffix.lower()
@@ -73,7 +73,7 @@ def _find(source: str, leave_out: Path | None) -> Iterator[Item]:
     elif ending in (".json", ".geojson"):
         from babelrs_geo.archive.stac import read_items
 
-        yield from read_items(path)
+        yield from read_items(path, asset)
     elif ending in MANIFESTS:
         yield from read_manifest(source)
     else:

@@ -110,8 +110,10 @@ class Detection:
         from babelrs_geo.scenes import SceneOptions, open_scene
 
         path = Path(task.path)
-        if path.is_file():
-            values["fingerprint"] = fingerprint(path, whole=self.full_hash)
+        # A product's manifest holds the checksums of all its files.
+        content = path / "manifest.safe" if is_safe(path) else path
+        if content.is_file():
+            values["fingerprint"] = fingerprint(content, whole=self.full_hash)
             if values["fingerprint"] in task.twins:
                 return Outcome(DUPLICATE)
         sensor, opened = task.sensor or self.sensor, task.path

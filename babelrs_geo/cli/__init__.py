@@ -11,6 +11,7 @@ from __future__ import annotations
 import click
 
 from babelrs_geo import __version__
+from babelrs_geo.cli.archive import archive_group
 from babelrs_geo.cli.detect import detect_verb, info_verb
 from babelrs_geo.cli.evaluate import evaluate_verb
 from babelrs_geo.cli.instruct import instruct_verb
@@ -30,6 +31,7 @@ def main() -> None:
 for _verb in (
     detect_verb,
     info_verb,
+    archive_group,
     tile_verb,
     instruct_verb,
     pretrain_verb,
