@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import index
 from typing import NamedTuple
 
@@ -130,6 +131,17 @@ class Grid:
 
     def __iter__(self) -> Iterator[Tile]:
         return (self[i] for i in range(len(self)))
+
+    def order(self, strip: int | None = None) -> Iterator[int]:
+        """The indices of all tiles so that neighbours follow one another: row by row and, where the scene is wider
+        than `strip` pixels, in vertical strips of that width or less. A reader that keeps what the next row shares
+        with this one then needs memory for a strip alone.
+        """
+        parts = min(self.columns, -(-self.width // strip)) if strip else 1
+        edges = [part * self.columns // parts for part in range(parts + 1)]
+        for left, right in pairwise(edges):
+            for row in range(self.rows):
+                yield from range(row * self.columns + left, row * self.columns + right)
 
     def __getitem__(self, i: int) -> Tile:
         """Tile `i`, counted from the end where negative. Raises IndexError beyond the grid."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Store:
         """Forget everything; in a forked child also the locks, which a thread of the parent may have held."""
         self._lock = threading.Lock()
         self._held: OrderedDict[Key, Future[Piece]] = OrderedDict()
-        self._expected: Counter[Key] = Counter()
+        self._expected: dict[Key, deque[int]] = {}
         self._bytes = 0
         self._gone: deque[int] = deque()
 
@@ -115,12 +115,26 @@ class Store:
                     break
                 self._drop(key)
 
-    def expect(self, keys: Iterable[Key]) -> set[Key]:
-        """Announce reads: one for each time a key is given. Returns the keys, for `unexpect`."""
-        counts = Counter(keys)
+    def expect(self, keys: Iterable[Key], nbytes: int) -> set[Key]:
+        """Announce reads of pieces of about `nbytes`, in the order in which they will be: one for each time a key is
+        given. Returns the keys, for `unexpect`.
+
+        A piece is kept from one read to the next unless so much is decoded in between that it would have to go
+        anyway, as for what two vertical strips of a scene share.
+        """
+        turns: dict[Key, list[int]] = {}  # reads before the piece is let go, then after it came again, ...
+        last: dict[Key, int] = {}
+        decoded = 0
+        for key in keys:
+            if key not in last or decoded - last[key] > self.limit:
+                turns.setdefault(key, []).append(0)
+                decoded += nbytes
+            turns[key][-1] += 1
+            last[key] = decoded
         with self._lock:
-            self._expected.update(counts)
-        return set(counts)
+            for key, counts in turns.items():
+                self._expected.setdefault(key, deque()).extend(counts)
+        return set(turns)
 
     def unexpect(self, keys: Iterable[Key]) -> None:
         """The announced reads end here, whether they took place or not."""
@@ -130,15 +144,18 @@ class Store:
                 self._drop(key)
 
     def had(self, keys: Iterable[Key]) -> None:
-        """A read of these pieces has ended: those that no other announced read needs are dropped."""
+        """A read of these pieces has ended: those that no other announced read needs soon are dropped."""
         with self._lock:
             for key in keys:
-                left = self._expected.get(key, 0)
-                if left == 1:
-                    del self._expected[key]
+                turns = self._expected.get(key)
+                if turns is None:
+                    continue
+                turns[0] -= 1
+                if turns[0] == 0:
+                    turns.popleft()
                     self._drop(key)
-                elif left:
-                    self._expected[key] = left - 1
+                if not turns:
+                    del self._expected[key]
 
     def forget(self, owner: int) -> None:
         """Drop all pieces of a reader."""

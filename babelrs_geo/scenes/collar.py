@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 LATTICE = 8192  # cells a side at most
 SMEAR = 8  # pixels a lossy block reaches, and the 8-bit values it smears black to
-_BLOCK = 1024  # pixels a side that are read at once, or 32 cells where that is more
+_BLOCK = 508  # pixels a side that are read at once, with their margin no more than one block of most files, or 32 cells
 _BLACK, _FLOODED = 1, 2  # solid black that is not reached yet, and reached; 0 is all else
 
 ReadBlack = Callable[[tuple[int, int, int, int], tuple[int, int]], NDArray[np.bool_]]

@@ -57,7 +57,9 @@ _OPTIONS = {  # an environment variable of the same name wins
     "GDAL_HTTP_CONNECTTIMEOUT": 30,
     "GDAL_HTTP_LOW_SPEED_TIME": 60,  # a server that has stopped talking is an error after a minute
     "GDAL_HTTP_LOW_SPEED_LIMIT": 1,
+    "GDAL_INGESTED_BYTES_AT_OPEN": 1 << 16,  # the header of most remote files in one request
 }
+_SIDECARS = ".tif,.tiff,.aux.xml,.msk,.ovr,.tfw,.rpb,_rpc.txt"  # what a remote GeoTIFF is asked for
 _SCHEMES = {  # how GDAL names what a browser or a cloud client names by URL
     "http://": "/vsicurl/http://",
     "https://": "/vsicurl/https://",
@@ -129,10 +131,22 @@ def _bound_cache(megabytes: int) -> None:
         _cache_mb = megabytes
 
 
+def _remote(path: str) -> dict[str, Any]:
+    """Options that spare a remote GeoTIFF dozens of requests for files beside it that hardly ever are there. One whose
+    URL has a query, such as a signature, cannot have any.
+    """
+    name, _, query = path.lower().partition("?")
+    if not name.startswith("/vsi") or not name.endswith((".tif", ".tiff")):
+        return {}
+    if query:
+        return {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
+    return {"CPL_VSIL_CURL_ALLOWED_EXTENSIONS": _SIDECARS}
+
+
 @contextmanager
-def gdal() -> Iterator[None]:
+def gdal(**more: Any) -> Iterator[None]:
     """GDAL as this library configures it, for as long as the block lasts, in this thread."""
-    options: dict[str, Any] = {k: v for k, v in _OPTIONS.items() if k not in os.environ}
+    options: dict[str, Any] = {k: v for k, v in (_OPTIONS | more).items() if k not in os.environ}
     with rasterio.Env(session=DummySession(), **options):
         yield
 
@@ -150,7 +164,7 @@ class Reader:
         self.given = os.fspath(path)
         self.path = gdal_path(path)
         self._reset()
-        with gdal():
+        with gdal(**_remote(self.path)):
             self.facts = _facts(self._dataset(None), self.given, height, dem)
         if self.facts.driver == "VRT" or _bytes_of(self.facts, *self.facts.block) > _LARGEST_BLOCK:
             _bound_cache(LARGE_CACHE_MB)
@@ -197,15 +211,15 @@ class Reader:
         """Rows and columns of an overview level; of the scene where `level` is None."""
         return self._level(level)[0]
 
-    def piece(self, level: int | None) -> tuple[int, int]:
-        """Rows and columns of a piece: what is decoded and kept at once, in whole blocks of the level."""
-        return self._level(level)[1]
+    def piece_bytes(self, level: int | None, bands: int) -> int:
+        """Bytes of a piece: what is decoded and kept at once, in whole blocks of the level."""
+        return _bytes_of(self.facts, *self._level(level)[1], bands)
 
     def _level(self, level: int | None) -> tuple[tuple[int, int], tuple[int, int]]:
         if level not in self._levels:
             shape, block = (self.facts.height, self.facts.width), self.facts.block
             if level is not None:
-                with gdal():
+                with gdal(**_remote(self.path)):
                     dataset = self._dataset(level)
                     shape, block = (dataset.height, dataset.width), tuple(dataset.block_shapes[0])
             self._levels[level] = shape, _piece(self.facts, shape, block)
@@ -321,7 +335,7 @@ class Reader:
         With `shape` the window is decimated to it by nearest neighbour.
         """
         where, seen = Window(*window), judged or bands
-        with gdal():
+        with gdal(**_remote(self.path)):
             try:
                 dataset = self._dataset(level)
                 raw = dataset.read(list(bands), window=where, out_shape=shape and (len(bands), *shape))

@@ -191,8 +191,9 @@ class Scene:
             raise ParameterError(f"scale is {scale}, but must be above 0: model pixels per scene pixel")
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
-    def read(self, window: Window, scale: float = 1.0) -> Pixels:
-        """Model input of a window `(x, y, w, h)`, in pixels of the whole scene read at `scale`.
+    def read(self, window: Window, scale: float = 1.0, out: NDArray[np.float32] | None = None) -> Pixels:
+        """Model input of a window `(x, y, w, h)`, in pixels of the whole scene read at `scale`; the image in `out`
+        `(3, h, w)` where given.
 
         Raw numbers are resampled, then brought to [0, 1]. A pixel depends on its place in the scene alone:
         windows that overlap agree bit for bit, at any scale. At a scale below 1 overviews are used where
@@ -206,12 +207,13 @@ class Scene:
             raw, valid = self._level(window, None)
         else:
             raw, valid = source.resample(self._level(part, level) for part in parts)
-        return Pixels(develop(self.radiometry, raw, valid), valid)
+        return Pixels(develop(self.radiometry, raw, valid, out), valid)
 
     @contextmanager
     def expecting(self, windows: Iterable[Window], scale: float = 1.0) -> Iterator[None]:
-        """Announce the windows that will be read at `scale`, each once, by whatever threads: what several of them
-        need is decoded once and let go after the last, and a remote file is asked for more at a time.
+        """Announce the windows that will be read at `scale`, each once and about in this order, by whatever threads:
+        what several of them need is decoded once and let go after the last, and a remote file is asked for more at a
+        time.
 
         The best order is `Grid.order(scene.strip(scale))`: row by row, in vertical strips where the scene is wide.
         Then every block is decoded once (in strips, one block column in 20 at most twice), and what is held is one
@@ -220,16 +222,18 @@ class Scene:
         about n + 1 rows of blocks.
         """
         rows, columns = self.shape_at(scale)
-        keys = STORE.expect(
+        keys = (
             key
             for level, _, parts in (self._parts(window, rows, columns) for window in windows)
             for part in parts
             for key in self._reader.pieces(self._bands, part, level)
         )
+        level = None if (rows, columns) == (self.height, self.width) else self._finer(rows, columns)
+        announced = STORE.expect(keys, self._reader.piece_bytes(level, len(self._bands)))
         try:
             yield
         finally:
-            STORE.unexpect(keys)
+            STORE.unexpect(announced)
 
     def strip(self, scale: float = 1.0) -> int:
         """How many pixels wide a vertical strip of the scene, read at `scale`, may be so that the rows of blocks

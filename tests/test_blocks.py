@@ -1,0 +1,256 @@
+"""Reading: any windows in any order by any threads hold what is in the file, and a walk in the grid's order decodes
+each block once, in memory for a row of blocks.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from conftest import Raster, write_raster
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from babelrs_geo.errors import SceneError
+from babelrs_geo.scenes import SceneOptions, open_scene, reader
+from babelrs_geo.scenes.blocks import STORE, Key, Piece, Store
+from babelrs_geo.scenes.develop import develop
+from babelrs_geo.sensors import Radiometry, Sensor
+from babelrs_geo.tiling import Grid
+
+RGB = ("red", "green", "blue")
+LAYOUTS = {
+    "tiles": {"tiled": True, "blockxsize": 16, "blockysize": 32},
+    "strips": {"blockysize": 3},
+    "one strip": {"blockysize": 4096},
+}
+
+
+def noise(width, height, bands=3, dtype=np.uint8):
+    top = np.iinfo(dtype).max if np.dtype(dtype).kind in "ui" else 255
+    return np.random.default_rng(width * height).integers(1, top, (bands, height, width)).astype(dtype)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of single blocks, so that small rasters have many."""
+    monkeypatch.setattr(reader, "_PIECE", 1)
+    monkeypatch.setattr(reader, "_STRIP_PIECE", 500)
+
+
+def test_grids_are_walked_in_strips():
+    grid = Grid(1000, 300, 100, 20)
+    for strip in (None, 100, 130, 500, 999, 1000, 5000):
+        order = list(grid.order(strip))
+        assert sorted(order) == list(range(len(grid)))
+        if strip is None or strip >= 1000:
+            assert order == list(range(len(grid)))
+            continue
+        for left, right in pairwise(order):  # down a strip, else on to the next one
+            assert right > left or grid[right].outer.y == 0 or grid[right].outer.y > grid[left].outer.y
+        runs = np.split(order, 1 + np.flatnonzero(np.diff(order) != 1))
+        widest = max(grid[run[-1]].inner.x1 - grid[run[0]].inner.x for run in runs)
+        assert widest <= strip + 100
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    size=st.tuples(st.integers(20, 140), st.integers(20, 140)),
+    scale=st.sampled_from([1.0, 0.4, 0.13, 1.7]),
+    seed=st.integers(0, 99),
+    announced=st.booleans(),
+)
+def test_order_threads_and_announcements_change_no_pixel(
+    tmp_path_factory, small_pieces, layout, size, scale, seed, announced
+):
+    pixels = noise(*size)
+    pixels[:, :4, :5] = 0  # nodata, in a corner
+    kept = {"nodata": 0, "colours": RGB, "creation": LAYOUTS[layout] | {"interleave": "band"}}
+    path = write_raster(tmp_path_factory.mktemp("s") / "s", Raster(pixels, overviews=(2, 4), **kept))
+    with open_scene(path, options=SceneOptions(collar=False)) as scene:
+        rows, columns = scene.shape_at(scale)
+        whole = scene.read((0, 0, columns, rows), scale)
+        if scale == 1:
+            np.testing.assert_array_equal(whole.image, pixels.astype(np.float32) / np.float32(255))
+        tiles = [tile.outer for tile in Grid(columns, rows, 24, 8)]
+        random.Random(seed).shuffle(tiles)
+        with ThreadPoolExecutor(3) as pool, scene.expecting(tiles if announced else [], scale):
+            for tile, read in zip(tiles, pool.map(lambda t: scene.read(t, scale), tiles), strict=True):
+                np.testing.assert_array_equal(read.image, whole.image[:, *tile.slices])
+                np.testing.assert_array_equal(read.valid, whole.valid[tile.slices])
+
+
+def bytes_asked() -> int:
+    """Bytes that this process has asked the kernel for, from files and all else."""
+    text = Path("/proc/self/io").read_text()
+    return int(text.split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count here")
+@pytest.mark.parametrize("layout", ["tiles", "strips"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_each_block_is_decoded_once_in_memory_for_a_row(make_raster, monkeypatch, layout, threads):
+    side = 1536
+    monkeypatch.setattr(reader, "_PIECE", 128)
+    monkeypatch.setattr(reader, "_STRIP_PIECE", 64 * side)
+    creation = {"tiled": True, "blockxsize": 128, "blockysize": 128} if layout == "tiles" else {}
+    path = make_raster(noise(side, side), colours=RGB, creation=creation | {"interleave": "pixel"})
+    with open_scene(path) as scene:
+        scene.read((0, 0, 5, 5))  # kernels are loaded
+        STORE.forget(scene._reader._token)
+        grid = Grid(side, side, 160, 32)
+        tiles = [grid[i].outer for i in grid.order(scene.strip())]
+        pieces = {key for tile in tiles for key in scene._reader.pieces(scene._bands, tile)}
+        before, decoded, most = bytes_asked(), STORE.decoded, 0
+        with ThreadPoolExecutor(threads) as pool, scene.expecting(tiles):
+            for _ in pool.map(scene.read, tiles):
+                most = max(most, STORE._bytes)
+        asked = bytes_asked() - before
+        assert STORE.decoded - decoded == len(pieces)
+        assert STORE._bytes == 0
+        assert asked < 1.05 * path.stat().st_size  # the file is not compressed
+        assert most < 0.25 * side * side * 3
+
+
+def test_wide_scenes_in_strips_decode_few_blocks_twice(make_raster, small_pieces, monkeypatch):
+    wide, high, block = 16 * 90, 160, 16
+    monkeypatch.setattr(reader, "_ROW", 16 * 3 * 16 * 25)  # a strip of 25 blocks
+    monkeypatch.setattr(reader, "_STRIP", 0)
+    layout = {"tiled": True, "blockxsize": block, "blockysize": block, "interleave": "pixel"}
+    with open_scene(make_raster(noise(wide, high), colours=RGB, creation=layout)) as scene:
+        assert scene.strip() == 400
+        grid = Grid(wide, high, 20, 4)
+        tiles = [grid[i].outer for i in grid.order(scene.strip())]
+        blocks = (wide // block) * (high // block)
+        decoded, row = STORE.decoded, 400 * block * 3
+        with scene.expecting(tiles):  # announced: a row and a little, whatever the scene's height
+            for tile in tiles:
+                scene.read(tile)
+                assert STORE._bytes < 1.5 * row + 5 * high * block * 3
+        assert STORE.decoded - decoded == blocks  # all of it fits, so what strips share was kept
+        monkeypatch.setattr(STORE, "limit", 3 * row)
+        decoded = STORE.decoded
+        for tile in tiles:  # not announced: least recently used pieces go
+            scene.read(tile)
+        assert blocks < STORE.decoded - decoded <= 1.05 * blocks
+        STORE.forget(scene._reader._token)
+        decoded = STORE.decoded
+        with scene.expecting(tiles):
+            for tile in tiles:
+                scene.read(tile)
+                assert STORE._bytes < 1.75 * row
+        assert blocks < STORE.decoded - decoded <= 1.05 * blocks
+
+
+def test_what_is_not_announced_is_bounded_and_goes_with_the_scene(make_raster, small_pieces, monkeypatch):
+    layout = {"tiled": True, "blockxsize": 16, "blockysize": 16}
+    monkeypatch.setattr(STORE, "limit", 10_000)
+    scene = open_scene(make_raster(noise(160, 160), colours=RGB, creation=layout))
+    for tile in Grid(160, 160, 32, 8):
+        scene.read(tile.outer)
+        assert STORE._bytes <= 10_000
+    assert STORE._bytes > 0
+    scene.close()
+    assert STORE._bytes == 0
+    scene.read((0, 0, 20, 20))
+    del scene
+    gc.collect()
+    STORE.fetch([], lambda keys: [])
+    assert STORE._bytes == 0 and not STORE._held
+
+
+def test_a_damaged_block_fails_no_window_but_those_on_it(make_raster, monkeypatch):
+    monkeypatch.setattr(reader, "_PIECE", 64)
+    layout = {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"}
+    path = make_raster(noise(96, 96, 1), creation=layout)
+    with rasterio.open(path) as file:
+        offset = file.get_tag_item("BLOCK_OFFSET_1_1", "TIFF", 1)
+    with path.open("r+b") as file:
+        file.seek(int(offset))
+        file.write(b"\xff" * 40)
+    with open_scene(path, "sar", SceneOptions(collar=False)) as scene:
+        assert scene.read((32, 0, 32, 96)).valid.all()
+        assert scene.read((0, 32, 96, 16)).valid.all()  # on the same piece
+        with pytest.raises(SceneError, match="x 10, y 10, 8 by 8"):
+            scene.read((10, 10, 8, 8))
+
+
+def test_who_waits_for_a_piece_that_fails_is_told():
+    key = Key(0, None, (1,), None, 0, 0)
+    store = Store()
+
+    def fail(keys):
+        raise SceneError("no")
+
+    with pytest.raises(SceneError):
+        store.fetch([key], fail)
+    piece = Piece(np.zeros((1, 2, 2)), None)
+    assert store.fetch([key], lambda keys: [piece]) == [piece]  # and may be tried again
+
+
+KINDS = [
+    (Sensor.RGB, "uint8", 0.0, 255.0),
+    (Sensor.RGB, "uint8", 11.5, 201.0),
+    (Sensor.SAR, "amplitude", 0.0, 120.3),
+    (Sensor.SAR, "intensity", 0.0, 1e4),
+    (Sensor.SAR, "db", -25.0, 3.5),
+    (Sensor.IR, "kelvin", 270.1, 310.9),
+    (Sensor.RGB, "reflectance", 30.5, 3000.7),
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(["uint8", "uint16", "int16", "float32", "float64", "int32"]),
+    scaled=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_one_pass_gives_the_bits_of_the_radiometry(kind, dtype, scaled, seed):
+    sensor, unit, low, high = kind
+    bands = 3 if sensor is Sensor.RGB else 1
+    scale, offset = ((0.37,) * bands, (-1.1,) * bands) if scaled and unit != "uint8" else ((), ())
+    radiometry = Radiometry(
+        sensor=sensor,
+        kind=unit,
+        bands=tuple(range(1, bands + 1)),
+        low=(low,) * bands,
+        high=(high,) * bands,
+        scale=scale,
+        offset=offset,
+    )
+    rng = np.random.default_rng(seed)
+    raw = (rng.normal(100, 200, (bands, 9, 11)) * rng.choice([1, 10, -0.0], (bands, 9, 11))).astype(dtype)
+    valid = rng.random((9, 11)) < 0.8
+    if raw.dtype.kind == "f":
+        raw[:, ~valid] = rng.choice([np.nan, np.inf, -np.inf], (~valid).sum())
+    out = np.full((3, 9, 11), 7, np.float32)
+    with np.errstate(invalid="ignore"):
+        assert develop(radiometry, raw, valid, out).tobytes() == radiometry.apply(raw, valid).tobytes()
+
+
+def test_a_scene_is_visited_without_torch(make_raster):
+    path = make_raster(noise(300, 200), colours=RGB)
+    code = f"""
+import sys
+from babelrs_geo.detections import Detections
+from babelrs_geo.inference import run
+from babelrs_geo.scenes import open_scene
+from babelrs_geo.tiling import Grid
+scene = open_scene({str(path)!r})
+nothing = lambda images: [Detections.empty(("ship",), False)] * len(images)
+_, coverage = run(scene, nothing, Grid(300, 200, 64, 16))
+assert coverage.looked_at == len(coverage)
+print(*sorted({{"torch", "torchvision", "geopandas"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
