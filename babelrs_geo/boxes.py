@@ -55,15 +55,21 @@ def _rows(boxes: ArrayLike, columns: int = 5) -> Floats:
     return array
 
 
-def _direction(degrees: Floats) -> tuple[Floats, Floats]:
+def direction(degrees: Floats) -> tuple[Floats, Floats]:
     """Cosine and sine, exact at quarter turns, so that upright boxes stay upright."""
+    if not degrees.any():
+        return np.ones(len(degrees)), np.zeros(len(degrees))
     quarters = degrees / 90.0
-    radians = np.deg2rad(np.mod(degrees, 360.0))
+    whole = np.rint(quarters)
+    right = np.flatnonzero(quarters == whole)
+    radians = degrees.copy()
+    far = np.flatnonzero(np.abs(degrees) > 360.0)
+    radians[far] = np.mod(degrees[far], 360.0)
+    radians = np.deg2rad(radians)
     cos, sin = np.cos(radians), np.sin(radians)
-    right = quarters == np.round(quarters)
-    turn = np.where(right, np.mod(np.round(quarters), 4), 0).astype(np.int64)
-    cos = np.where(right, np.array([1.0, 0.0, -1.0, 0.0])[turn], cos)
-    sin = np.where(right, np.array([0.0, 1.0, 0.0, -1.0])[turn], sin)
+    turn = np.mod(whole[right], 4).astype(np.int64)
+    cos[right] = np.array([1.0, 0.0, -1.0, 0.0])[turn]
+    sin[right] = np.array([0.0, 1.0, 0.0, -1.0])[turn]
     return cos, sin
 
 
@@ -88,7 +94,7 @@ def from_xyxy(xyxy: ArrayLike) -> Floats:
 def bounds(boxes: ArrayLike) -> Floats:
     """Upright bounds (N, 4) `x1, y1, x2, y2` of boxes (N, 5), in pixels."""
     b = _rows(boxes)
-    cos, sin = _direction(b[:, 4])
+    cos, sin = direction(b[:, 4])
     x = (np.abs(b[:, 2] * cos) + np.abs(b[:, 3] * sin)) / 2
     y = (np.abs(b[:, 2] * sin) + np.abs(b[:, 3] * cos)) / 2
     return np.column_stack([b[:, 0] - x, b[:, 1] - y, b[:, 0] + x, b[:, 1] + y])
@@ -100,7 +106,7 @@ def corners(boxes: ArrayLike) -> Floats:
     At r = 0: top left, top right, bottom right, bottom left. The first side is always along the width.
     """
     b = _rows(boxes)
-    cos, sin = _direction(b[:, 4])
+    cos, sin = direction(b[:, 4])
     along = np.stack([cos, -sin], 1) * b[:, 2:3] / 2
     across = np.stack([sin, cos], 1) * b[:, 3:4] / 2
     middle = b[:, :2]
@@ -195,7 +201,7 @@ def areas(boxes: ArrayLike) -> Floats:
 def prepare(boxes: ArrayLike) -> Floats:
     """Boxes (N, 5) as the (N, 7) rows that `overlap` reads: cx, cy, w, h, cos r, sin r, radius."""
     b = _rows(boxes)
-    cos, sin = _direction(b[:, 4])
+    cos, sin = direction(b[:, 4])
     return np.column_stack([b[:, :4], cos, sin, np.hypot(b[:, 2], b[:, 3]) / 2])
 
 

@@ -147,11 +147,11 @@ def order(found: Detections) -> NDArray[np.int64]:
 
     Only detections that are equal in everything keep the order they came in, and those cannot be told apart.
     """
-    ranked = np.argsort(-found.scores, kind="stable")
+    ranked = np.argsort(-found.scores)  # not stable, which is twice as fast
     equal = found.scores[ranked][1:] == found.scores[ranked][:-1]
     # coordinates matter among equal scores only, and sorting by seven keys is slow
     tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal)) if len(found) else ranked
     rows = ranked[tied]
     cx, cy, w, h, r = found.boxes[rows].T
-    ranked[tied] = rows[np.lexsort((r, h, w, cy, cx, found.labels[rows], -found.scores[rows]))]
+    ranked[tied] = rows[np.lexsort((rows, r, h, w, cy, cx, found.labels[rows], -found.scores[rows]))]
     return ranked.astype(np.int64)

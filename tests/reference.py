@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import shapely
 
 from babelrs_geo import boxes
 from babelrs_geo.detections import Detections
-from babelrs_geo.merging import ALIGNED
+from babelrs_geo.merging import pieces as joining
+from babelrs_geo.merging import whole as meaning
 
 
 def ranked(found: Detections, tiles: np.ndarray) -> list[int]:
@@ -77,8 +79,76 @@ def agreement(a: tuple, b: tuple) -> float:
     return s / max(x + y - s, 1e-300)
 
 
-def groups(pieces: list[tuple], options) -> list[list[int]]:
-    """Pieces of one object: joined pair by pair, best agreement first, never two of one tile."""
+def groups(rows: list[tuple], links: list[tuple[float, int, int]]) -> list[list[int]]:
+    """Rows of one object: joined pair by pair, best agreement first, never two of one tile."""
+    member = [{k} for k in range(len(rows))]
+    for _, i, j in sorted(links):
+        if member[i] is not member[j] and not {rows[k][3] for k in member[i]} & {
+            rows[k][3] for k in member[j]
+        }:
+            together = member[i] | member[j]
+            for k in together:
+                member[k] = together
+    return [sorted(g) for k, g in enumerate(member) if k == min(g)]
+
+
+def step(box: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """What leads from one box to another, whose sides may be named the other way round."""
+    quarters = round((box[4] - start[4]) / 90)
+    w, h = (box[3], box[2]) if quarters % 2 else (box[2], box[3])
+    return np.array([box[0], box[1], w, h, box[4] - 90 * quarters]) - start
+
+
+def holds(tile, box: np.ndarray) -> bool:
+    x1, y1, x2, y2 = boxes.bounds([box])[0]
+    return bool(tile[0] <= x1 and tile[1] <= y1 and x2 <= tile[2] and y2 <= tile[3])
+
+
+def seen_twice(rows: list[tuple], cut: list[bool], options) -> list[tuple[float, int, int]]:
+    """Pairs of rows that may be one object, which at least one tile saw whole."""
+    links = []
+    grown = [r[0] + np.array([0, 0, 2, 2, 0]) * meaning.BLUR for r in rows]
+    every = boxes.rotated_iou(grown, grown)
+    for i, a in enumerate(rows):
+        for j in range(i + 1, len(rows)):
+            b = rows[j]
+            if a[2] != b[2] or a[3] == b[3] or (cut[i] and cut[j]):
+                continue
+            iou = every[i, j]
+            if iou <= min(meaning.SAME, options.iou):
+                continue
+            if not cut[i] and not cut[j]:
+                good = iou > options.iou or (holds(b[3], a[0]) and holds(a[3], b[0]))
+            else:
+                full, part = (b, a) if cut[i] else (a, b)
+                view = boxes.clip([full[0]], part[3])[0]
+                good = (
+                    area(view) > meaning.SHOWN * area(full[0])
+                    and abs(step(part[0], view)[4]) <= meaning.ALIGNED
+                )
+            if good:
+                links.append((-iou, i, j))
+    return links
+
+
+def agreed(rows: list[tuple], cut: list[bool], options) -> tuple[list[tuple], list[tuple]]:
+    """Objects seen whole, at their mean place, and the pieces that are left."""
+    whole, left = [], []
+    for group in groups(rows, seen_twice(rows, cut, options)):
+        if len(group) == 1:
+            (left if cut[group[0]] else whole).append(rows[group[0]])
+            continue
+        box, _, label, tile = rows[min(k for k in group if not cut[k])]
+        weight = [max(float(rows[k][1]), 1e-6) for k in group]
+        steps = [step(rows[k][0], boxes.clip([box], rows[k][3])[0] if cut[k] else box) for k in group]
+        mean = box + np.average(steps, axis=0, weights=weight)
+        mean[2:4] = np.maximum(mean[2:4], box[2:4] / 2)
+        whole.append((mean, max(rows[k][1] for k in group), label, tile))
+    return whole, left
+
+
+def links_of(pieces: list[tuple], options) -> list[tuple[float, int, int]]:
+    """Pairs of pieces that agree about the ground that both tiles saw."""
     links = []
     for i in range(len(pieces)):
         for j in range(i + 1, len(pieces)):
@@ -96,15 +166,7 @@ def groups(pieces: list[tuple], options) -> list[list[int]]:
                 or is_view(b[0], b[3], a[0], options.seam)
             ):
                 links.append((-how, i, j))
-    member = [{k} for k in range(len(pieces))]
-    for _, i, j in sorted(links):
-        if member[i] is not member[j] and not {pieces[k][3] for k in member[i]} & {
-            pieces[k][3] for k in member[j]
-        }:
-            together = member[i] | member[j]
-            for k in together:
-                member[k] = together
-    return [sorted(g) for k, g in enumerate(member) if k == min(g)]
+    return links
 
 
 def sides(box: np.ndarray) -> list[tuple[float, float]]:
@@ -112,32 +174,76 @@ def sides(box: np.ndarray) -> list[tuple[float, float]]:
     return [(x1, x2), (y1, y2)]
 
 
-def around(pieces: list[tuple], oriented: bool) -> np.ndarray:
-    """The smallest box around what the pieces saw."""
-    if len(pieces) == 1:
-        return pieces[0][0]
-    if not oriented:
-        b = boxes.bounds([p[0] for p in pieces])
-        return boxes.from_xyxy([[*b[:, :2].min(0), *b[:, 2:].max(0)]])[0]
-    points = np.concatenate([boxes.outlines([p[0]], [p[3]])[0] for p in pieces])
-    lines = tuple((i, j) for i in range(len(points)) for j in range(i + 1, len(points)))
-    return boxes.smallest_rectangles(points[None], lines)[0]
+def polygon(box: np.ndarray) -> shapely.Polygon:
+    return shapely.Polygon(boxes.corners([box])[0])
 
 
-def fused(pieces: list[tuple], options, oriented: bool) -> tuple:
-    largest = max(range(len(pieces)), key=lambda k: (area(pieces[k][0]), -k))
-    alone = pieces[largest][0]
-    mean = np.angle(sum(area(p[0]) * np.exp(1j * np.deg2rad(4 * p[0][4])) for p in pieces), deg=True) / 4
-    along = [p for p in pieces if abs((p[0][4] - mean + 45) % 90 - 45) <= ALIGNED] or [pieces[largest]]
-    tried = [around(pieces, oriented), around(along, oriented), alone]
-    likeness = [
-        np.mean([boxes.rotated_iou([p[0]], boxes.clip([box], p[3]))[0, 0] for p in pieces]) for box in tried
-    ]
-    best = 0
-    for k in (1, 2):
-        if likeness[k] > likeness[best] + 1e-9:
-            best = k
-    return (tried[best], max(p[1] for p in pieces), pieces[0][2], None)
+def possible(pieces: list[tuple]) -> np.ndarray:
+    """Corners of what each piece shows, less the ground where another tile looked and its piece does not reach."""
+    points = []
+    for piece in pieces:
+        out = polygon(piece[0]).intersection(shapely.box(*piece[3]))
+        for other in pieces:
+            if other is not piece:
+                ground = shapely.box(*other[3])
+                out = out - (ground - polygon(other[0]).intersection(ground))
+        points.append(shapely.get_coordinates(polygon(piece[0]) if out.is_empty else out))
+    return np.concatenate(points)
+
+
+def along(points: np.ndarray, degrees: float) -> np.ndarray:
+    """The smallest box around points in a direction."""
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    turned = points @ np.array([[c, s], [-s, c]])
+    (x, y), size = (turned.min(0) + turned.max(0)) / 2, np.ptp(turned, 0)
+    return np.array([x * c + y * s, y * c - x * s, *size, degrees])
+
+
+def likeness(box: np.ndarray, pieces: list[tuple]) -> float:
+    """Mean IoU of the pieces with what their tiles would show of a box, boxed along the piece."""
+    every = []
+    for seen, *_, tile in pieces:
+        shown = along(boxes.outlines([box], [tile])[0], seen[4])
+        every.append(boxes.rotated_iou([shown], [seen])[0, 0])
+    return float(np.mean(every))
+
+
+def moved_in(box: np.ndarray, pieces: list[tuple]) -> np.ndarray:
+    """A box with its sides moved in, one after the other and by less and less, as long as it helps."""
+    best = likeness(box, pieces)
+    for share in np.repeat([0.2, 0.1, 0.05, 0.02], 3):
+        for axis, sign in ((0, 1), (0, -1), (1, 1), (1, -1)):
+            turn = np.deg2rad(box[4])
+            way = [(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))][axis]
+            other = box.copy()
+            other[:2] += sign * share * box[2 + axis] / 2 * np.array(way)
+            other[2 + axis] *= 1 - share
+            if likeness(other, pieces) > best + 1e-9:
+                box, best = other, likeness(other, pieces)
+    return box
+
+
+def likeliest(tried: list[np.ndarray], pieces: list[tuple]) -> np.ndarray:
+    """The box that looks most like the pieces; of about equal ones the first."""
+    best = tried[0]
+    for box in tried[1:]:
+        if likeness(box, pieces) > likeness(best, pieces) + 1e-9:
+            best = box
+    return best
+
+
+def fused(pieces: list[tuple], oriented: bool) -> tuple:
+    """One row for the pieces of an object."""
+    box = pieces[max(range(len(pieces)), key=lambda k: (area(pieces[k][0]), -k))][0]
+    if len(pieces) > 1:
+        if oriented:
+            tried = [along(possible(pieces), p[0][4]) for p in pieces]
+        else:
+            tried = [along(np.concatenate([boxes.corners([p[0]])[0] for p in pieces]), 0.0)]
+        box = likeliest([box, *tried], pieces)
+        if oriented and likeness(box, pieces) < joining.DOUBTFUL:
+            box = likeliest([box, *(moved_in(one, pieces) for one in tried)], pieces)
+    return (box, max(p[1] for p in pieces), pieces[0][2], None)
 
 
 def merge(found: Detections, outers: np.ndarray, shape, options) -> Detections:
@@ -149,9 +255,11 @@ def merge(found: Detections, outers: np.ndarray, shape, options) -> Detections:
         if found.boxes[k, 2] > 0 and found.boxes[k, 3] > 0
     ]
     cut = [touches(r[0], r[3], shape, options.edge) for r in rows]
-    whole = suppressed([r for r, c in zip(rows, cut, strict=True) if not c], options)
+    whole, left = agreed(rows, cut, options)
+    whole.sort(key=lambda r: (-r[1], r[2], *r[0]))
+    whole = suppressed(whole, options)
     pieces = []
-    for piece in (r for r, c in zip(rows, cut, strict=True) if c):
+    for piece in left:
         explained = any(
             w[2] == piece[2]
             and (
@@ -163,7 +271,8 @@ def merge(found: Detections, outers: np.ndarray, shape, options) -> Detections:
         if not explained:
             pieces.append(piece)
     if options.join:
-        pieces = [fused([pieces[k] for k in g], options, found.oriented) for g in groups(pieces, options)]
+        joined = groups(pieces, links_of(pieces, options))
+        pieces = [fused([pieces[k] for k in g], found.oriented) for g in joined]
     rows = whole + pieces
     rows.sort(key=lambda r: (-r[1], r[2], *r[0]))
     kept = suppressed(rows, options)
