@@ -32,7 +32,7 @@ def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
     assert [arm.taps for arm in every[:4]] == [None, "paper", "last", None]
     recipe = from_plain(Recipe, protocol["train"])
     assert {view.chosen.size for view in recipe.phases[0].views.values()} == {224}
-    assert read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"]).steps == 600
+    assert read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"]).steps == 800
 
 
 @pytest.mark.slow
