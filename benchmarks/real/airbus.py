@@ -1,8 +1,9 @@
 """Tiled detection against windows centred on each aircraft, on eight annotated scenes of 2560 px.
 
 A window shows the detector one aircraft whole and in the middle; tiling must find what the window finds, and
-find it once. What a window that is moved by one pixel loses tells how much of that is due to the detector alone. The annotations are upright and the detections oriented, so a fit asks for an IoU of .3: a
-square turned by 45 degrees has .7 with its twin upright, and neighbouring aircraft have none.
+find it once. What a window that is moved by one pixel loses tells how much of that is the detector's alone. The
+annotations are upright and the detections oriented, so a fit asks for an IoU of .3: a square turned by 45 degrees has
+.7 with its twin upright, and neighbouring aircraft have none.
 """
 
 from __future__ import annotations
