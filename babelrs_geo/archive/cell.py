@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, Protocol
 
 from babelrs_geo.errors import BabelError, ParameterError
 
+_STARTS = 3  # a start that is lost says nothing of the scene: once more, and again
 _START_SECONDS = 900.0  # imports and weights, on a machine that is busy with others
 _LOOK_SECONDS = 0.2  # between two looks at memory and clock
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -75,14 +76,14 @@ class Cell:
         Raises LostError where the task cost the process, and what `Work.start` raises where it cannot begin.
         """
         if self._process is None:
-            self._start()
+            self._start_surely()
         process = self._process
         assert process is not None and process.stdin is not None
         try:
             _send(process.stdin, task)
         except BrokenPipeError:  # it died between two tasks, of something that is not this one's doing
             self._end()
-            self._start()
+            self._start_surely()
             assert self._process is not None and self._process.stdin is not None
             _send(self._process.stdin, task)
         try:
@@ -105,6 +106,16 @@ class Cell:
         if process is not None:
             process.kill()
 
+    def _start_surely(self) -> None:
+        for left in reversed(range(_STARTS)):
+            try:
+                return self._start()
+            except (LostError, BrokenPipeError) as error:
+                self._end()
+                if self._killed or not left:
+                    raise ParameterError(f"a process for scenes could not start: it {error}") from error
+        return None
+
     def _start(self) -> None:
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -123,9 +134,6 @@ class Cell:
         try:
             _send(self._process.stdin, self._work)
             kind, value = self._answer(Limits(_START_SECONDS))
-        except (LostError, BrokenPipeError) as error:
-            self._end()
-            raise ParameterError(f"a process for scenes could not start: it {error}") from error
         except BaseException:
             self._end()
             raise

@@ -435,3 +435,47 @@ def verify_verb(results: str, again: bool, as_json: bool) -> int:
         for _, source, fault in verdict.faults[:_TOLD]:
             tell("warning", f"{source}: {fault}")
     return 0 if verdict.clean else EXIT_INCOMPLETE
+
+
+@archive_group.command("export")
+@_results
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FOLDER|OUT.gpkg|OUT.fgb",
+    help="A GeoParquet dataset by date and cell, or one file for QGIS.",
+)
+@click.option("--once", is_flag=True, help="Drop doubles where scenes of one acquisition overlap.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+def export_verb(results: str, output: str, once: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    """Write all results of RESULTS in one, in EPSG:4326: what is done, nothing that is stale."""
+    from babelrs_geo.archive.export import export
+    from babelrs_geo.archive.ledger import Ledger
+
+    with (
+        Ledger(Path(results)) as ledger,
+        progress_bar("export", hidden=quiet or as_json, what="scenes") as progress,
+    ):
+        done = export(ledger, Path(output), once=once, overwrite=overwrite, progress=progress)
+    if as_json:
+        click.echo(json.dumps({**vars(done), "path": str(done.path)}, indent=2))
+    elif not quiet:
+        doubles = f", {done.dropped} doubles left out" if once else ""
+        click.echo(f"{done.detections} detections of {done.scenes} scenes{doubles}, written to {done.path}.")
+
+
+@archive_group.command("report")
+@_results
+@click.option("-o", "--output", metavar="OUT.html", help="Where to write.  [default: report.html in RESULTS]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing report.")
+def report_verb(results: str, output: str | None, overwrite: bool) -> None:
+    """Write an HTML page about RESULTS: map, counts, throughput, failures, and the densest scenes as pictures."""
+    from babelrs_geo.archive.ledger import Ledger
+    from babelrs_geo.archive.report import report
+
+    with Ledger(Path(results)) as ledger:
+        path = report(ledger, Path(output) if output else ledger.folder / "report.html", overwrite=overwrite)
+    click.echo(f"Written to {path}: open it in a browser.")
