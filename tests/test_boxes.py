@@ -189,23 +189,68 @@ def test_areas_within_equal_shapely():
         boxes.areas_within(a, b, extents[:3])
 
 
-def test_kernels_run_where_nothing_can_be_written(tmp_path):
-    """A read-only package with no home to write to: slower, never an error."""
-    code = (
-        "import numba.core.caching as c\n"
-        "c.CacheImpl._locator_classes = []\n"  # what numba sees there: no place can be written
-        "from babelrs_geo import boxes\n"
-        "print(boxes.rotated_iou([[5, 5, 4, 4, 0]], [[5, 5, 4, 4, 90]])[0, 0])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
+ONE_KERNEL = """
+import numpy, babelrs_geo.boxes
+square = numpy.array([[0, 2, 2, 0.0], [0, 0, 2, 2]])
+kernel = babelrs_geo.boxes._area
+print(kernel(square, 4), sum(kernel.stats.cache_hits.values()))
+"""
+
+
+def package_without_cache(folder: Path) -> Path:
+    """A copy of the package where no kernel can be kept, whoever runs it: a file is where their folder would be."""
+    package = folder / "babelrs_geo"
+    source = Path(boxes.__file__).parent
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for name in ("errors.py", "boxes.py"):
+        (package / name).write_bytes((source / name).read_bytes())
+    (package / "__pycache__").write_text("")
+    return folder
+
+
+def start(folder: Path, **places: Path) -> subprocess.Popen[str]:
+    """The kernel in a process of its own, with these folders for temporary files and the user."""
+    quiet = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "XDG_"))}
+    where = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null"} | {k: str(v) for k, v in places.items()}
+    command = [sys.executable, "-c", ONE_KERNEL]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
         text=True,
-        cwd=Path(__file__).parents[1],
-        check=False,
+        cwd=folder,
+        env=quiet | where | {"PYTHONPATH": str(folder)},
     )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == 1.0
+
+
+def hits(process: subprocess.Popen[str]) -> int:
+    """How many kernels came from disk; what was computed was right."""
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    value, found = out.split()
+    assert float(value) == 4.0
+    return int(found)
+
+
+@pytest.mark.slow
+def test_compiled_kernels_are_kept_where_the_package_is_read_only_and_many_start_at_once(tmp_path):
+    folder = package_without_cache(tmp_path)
+    home = tmp_path / "cache"
+    at_once = [start(folder, XDG_CACHE_HOME=home, HOME=home) for _ in range(4)]
+    assert all(hits(process) in (0, 1) for process in at_once)
+    assert list(home.rglob("*._area-*.nbc"))
+    assert hits(start(folder, XDG_CACHE_HOME=home, HOME=home)) == 1
+    # no home, no cache folder: among the temporary files, if nobody else may write there
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    assert hits(start(folder, TMPDIR=temporary)) == 0
+    assert hits(start(folder, TMPDIR=temporary)) == 1
+    (kept,) = temporary.iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o700
+    kept.chmod(0o777)
+    assert hits(start(folder, TMPDIR=temporary)) == 0
 
 
 @pytest.mark.shared

@@ -222,7 +222,7 @@ def lying_together(boxes: Floats, labels: Ints, iou: float) -> Pairs | None:
     if not len(boxes):
         return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     classes = int(labels.max()) + 1
-    i, j, value, complete = _sweep(arrange(boxes, labels, classes), classes, iou, 1.0, CROWDED * len(boxes))
+    i, j, value, complete = _sweep(arrange(boxes, labels, classes), classes, float(iou), 1.0, CROWDED * len(boxes))
     return Pairs(i.astype(np.int64), j.astype(np.int64), value) if complete else None
 
 
@@ -237,11 +237,11 @@ def keep(boxes: Floats, labels: Ints, ranked: Ints, iou: float, containment: flo
         rank = np.empty(len(boxes), np.int32)
         rank[ranked] = np.arange(len(boxes), dtype=np.int32)
         grids = arrange(boxes, labels, classes, rank)
-        i, j, _, complete = _sweep(grids, classes, iou, containment, CROWDED * len(boxes))
+        i, j, _, complete = _sweep(grids, classes, float(iou), float(containment), CROWDED * len(boxes))
         if complete:
             _settle(i, j, gone)
         else:
-            _suppress(grids, labels[ranked], iou, containment, gone)
+            _suppress(grids, labels[ranked], float(iou), float(containment), gone)
     return ranked[~gone]
 
 
