@@ -7,7 +7,7 @@
 Arm by arm and seed by seed; what is done is left alone and what was stopped goes on, so the same command is run until
 nothing is left. Each arm leaves what `babelrs-geo train` leaves, in OUT/C.1; those that have seed and layers in common
 start from one encoder, which `babelrs-geo pretrain` left in OUT/pretrain.paper.1. Arms may run side by side (`--only`).
-OUT/results.json and OUT/results.md have what came out so far. `--steps` shortens everything, to see that it runs.
+OUT/results.json, results.md and results.png have what came out so far. `--steps` shortens everything, to try it out.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def arms(protocol: Mapping[str, Any]) -> list[Arm]:
         for name, about in protocol["arms"].items():
             if seed in about.get("seeds", protocol["seeds"]):
                 groups = [(sensor,) for sensor in sensors] if about.get("alone") else [sensors]
-                precision = about.get("precision", protocol["train"]["precision"])
+                precision = about.get("precision", protocol["train"].get("precision", Recipe.precision))
                 found += [Arm(name, seed, about.get("taps"), group, precision) for group in groups]
     return found
 
@@ -105,8 +105,7 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any] | None:
     figures = {
         s: {k: metrics[s][k] for k in ("map", "map_interval", "ap50", "ap50_interval")} for s in arm.sensors
     }
-    with (folder / "log.csv").open(newline="") as file:
-        log = list(csv.DictReader(file))
+    log = rows(folder / "log.csv")
     watched = [
         name
         for name in log[0]
@@ -124,16 +123,64 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any] | None:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """MAP of each sensor and H-mAP as Markdown, mean and range over the seeds."""
-    rows = ["| arm | seeds | sar | rgb | ir | H-mAP |", "|---|---|---|---|---|---|"]
+    lines = ["| arm | seeds | sar | rgb | ir | H-mAP |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(each["arm"] for each in results):
         own = [each for each in results if each["arm"] == name]
-        told = []
-        for sensor in ("sar", "rgb", "ir"):
-            told.append(_spread([e["sensors"][sensor]["map"] for e in own if sensor in e["sensors"]]))
+        told = [
+            _spread([e["sensors"][sensor]["map"] for e in own if sensor in e["sensors"]])
+            for sensor in ("sar", "rgb", "ir")
+        ]
         together = [each["h_map"] for each in own if len(each["sensors"]) == 3]
         seeds = len({each["seed"] for each in own})
-        rows.append(f"| {name} | {seeds} | {' | '.join(told)} | {_spread(together)} |")
-    return "\n".join(rows) + "\n"
+        lines.append(f"| {name} | {seeds} | {' | '.join(told)} | {_spread(together)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows(log: Path) -> list[dict[str, str]]:
+    """A run's log."""
+    with log.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def answers(out: Path) -> str:
+    """What the encoders answer on held-out images, beside a grey image's and another's, as Markdown."""
+    found = ["| encoder | sensor | right | of a grey image | of another image |", "|---|---|---|---|---|"]
+    for log in sorted(out.glob("pretrain.*/log.csv")):
+        judged = [row for row in rows(log) if row.get("val_all")]
+        for sensor in ("sar", "rgb", "ir") if judged else ():
+            told = [float(judged[-1][f"val_{sensor}{kind}"]) for kind in ("", "_blank", "_shuffled")]
+            name = log.parent.name.removeprefix("pretrain.")
+            found.append(f"| {name} | {sensor} | " + " | ".join(f"{value:.2f}" for value in told) + " |")
+    return "\n".join(found) + "\n"
+
+
+def draw(done: Sequence[Arm], out: Path) -> None:
+    """Loss, gradient norm and how the sensors' gradients agree, over the steps of fine-tuning, as results.png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    colours = dict(zip("ABC", ("#E69F00", "#56B4E9", "#009E73"), strict=True))
+    for arm in done:
+        if len(arm.sensors) == 1:
+            continue
+        log, style = rows(out / arm.folder / "log.csv"), {"color": colours[arm.name[0]], "lw": 1}
+        style |= {"ls": "--" if arm.precision == "32" else "-", "alpha": 1.0 if arm.seed == 0 else 0.4}
+        label = arm.name if arm.seed == 0 else None
+        for panel, column in zip(panels, ("loss", "gradient", "cosine"), strict=True):
+            names = [n for n in log[0] if n == column or n.startswith(f"{column}_")]
+            here = [row for row in log if all(row[n] for n in names)]
+            mean = [fmean(float(row[n]) for n in names) for row in here]
+            panel.plot([int(row["step"]) for row in here], mean, label=label, **style)
+    for panel, title in zip(
+        panels, ("loss", "gradient norm", "cosine of the sensors' gradients"), strict=True
+    ):
+        panel.set(title=title, xlabel="step")
+    panels[0].set_yscale("log")
+    panels[1].set_yscale("log")
+    panels[2].axhline(0, color="grey", lw=0.5)
+    panels[0].legend(title="dashed: fp32")
+    figure.savefig(out / "results.png", dpi=110)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -144,8 +191,11 @@ def _spread(values: Sequence[float]) -> str:
 
 def tell(every: Sequence[Arm], out: Path) -> None:
     """Write what came out so far."""
-    results = [found for arm in every if (found := outcome(arm, out)) is not None]
-    for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", table(results))):
+    outcomes = {arm.folder: outcome(arm, out) for arm in every}
+    results = [found for found in outcomes.values() if found is not None]
+    draw([arm for arm in every if outcomes[arm.folder] is not None], out)
+    told = f"{table(results)}\n{answers(out)}"
+    for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", told)):
         draft = out / f".{name}.{os.getpid()}"
         draft.write_text(text, encoding="utf-8")
         draft.replace(out / name)
