@@ -66,8 +66,8 @@ def test_a_short_one_runs_arm_by_arm(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("D", ["ir"]),
     ]
     assert "cosine_sar_rgb" in results[0]["gradients"]
-    told = (out / "results.md").read_text()
-    assert told.count("\n") == 5 + 1 + 2 + 3 and "| paper.0 | sar |" in told
+    page = (out / "results.md").read_text()
+    assert page.count("\n") == 5 + 1 + 2 + 3 and "| paper.0 | sar |" in page
     assert (out / "results.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="names no arm"):
         experiment.main([*words, "--only", "E.0"])
