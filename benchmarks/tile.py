@@ -40,7 +40,7 @@ SPLIT = "0.8/0.1/0.1"
 
 def make_cog(path: Path, width: int, height: int) -> None:
     """Three bands of smooth ground, edges and noise, deflated, with overviews: as a photograph compresses."""
-    plain = path.with_suffix(".plain.tif")
+    plain = _plain(path)
     r = np.random.default_rng(0)
     profile = {
         "driver": "GTiff",
@@ -66,6 +66,15 @@ def make_cog(path: Path, width: int, height: int) -> None:
             )
             bands = [ground + k + r.integers(-4, 5, ground.shape) for k in (0, 8, -8)]
             file.write(np.clip(bands, 1, 255).astype(np.uint8), window=Window(0, y, width, h))
+    _finish(plain, path)
+
+
+def _plain(path: Path) -> Path:
+    return path.with_suffix(".plain.tif")
+
+
+def _finish(plain: Path, path: Path) -> None:
+    """A COG of a plain GeoTIFF, which goes."""
     rasterio.shutil.copy(
         plain, path, driver="COG", COMPRESS="DEFLATE", PREDICTOR="YES", BLOCKSIZE=512, NUM_THREADS="ALL_CPUS"
     )
@@ -73,14 +82,15 @@ def make_cog(path: Path, width: int, height: int) -> None:
 
 
 def cut_half(source: Path, path: Path, top: int, rows: int) -> None:
-    """Half of the scene as a file of its own."""
+    """Half of the scene as a file of its own, stored as the whole is."""
     with rasterio.open(source) as file:
-        profile = file.profile | {"height": rows, "driver": "GTiff", "bigtiff": "IF_SAFER"}
+        profile = file.profile | {"height": rows, "driver": "GTiff", "bigtiff": "IF_SAFER", "compress": None}
         profile["transform"] = file.window_transform(Window(0, top, file.width, rows))
-        with rasterio.open(path, "w", **profile) as out:
+        with rasterio.open(_plain(path), "w", **profile) as out:
             for y in range(0, rows, 512):
                 window = Window(0, y, file.width, min(512, rows - y))
                 out.write(file.read(window=Window(0, top + y, file.width, window.height)), window=window)
+    _finish(_plain(path), path)
 
 
 def floor(source: Path, folder: Path, pixels: int) -> tuple[float, float]:
