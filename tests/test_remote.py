@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,16 +22,17 @@ from rasterio.transform import from_origin
 from babelrs_geo import cli
 from babelrs_geo.errors import SceneError
 from babelrs_geo.scenes import SceneOptions, open_scene
+from babelrs_geo.tiling import Grid
 
 SIDE = 2048
 
 
 class Handler(BaseHTTPRequestHandler):
-    """An object store: whole objects or one range. `/sent` tells the bytes sent since it was asked last."""
+    """An object store: whole objects or one range. `/sent` tells bytes and requests since it was asked last."""
 
     protocol_version = "HTTP/1.1"
     folder = Path()
-    sent = 0
+    sent = asked = 0
 
     def log_message(self, *args: object) -> None:
         pass
@@ -43,9 +45,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, *, body: bool) -> None:
         if self.path == "/sent":
-            content, Handler.sent = str(Handler.sent).encode(), 0
+            content = f"{Handler.sent} {Handler.asked}".encode()
+            Handler.sent = Handler.asked = 0
             self.reply(200, content, {}, body=body)
             return
+        Handler.asked += 1
         file = self.folder / self.path.partition("?")[0].lstrip("/")
         if not file.is_file():
             self.reply(404, b"", {}, body=body)
@@ -77,10 +81,11 @@ class Store:
     folder: Path
     address: str
 
-    def sent(self) -> int:
-        """Bytes sent since this was asked last."""
+    def sent(self) -> tuple[int, int]:
+        """Bytes sent and requests answered since this was asked last."""
         with urlopen(f"http://{self.address}/sent", timeout=10) as answer:
-            return int(answer.read())
+            told, asked = answer.read().split()
+            return int(told), int(asked)
 
 
 @pytest.fixture
@@ -137,7 +142,27 @@ def test_a_remote_scene_reads_as_the_file_does(
         assert np.array_equal(pixels.image, here.read(window).image)
         assert np.array_equal(pixels.valid, here.read(window).valid)
     size = (store.folder / "bucket" / "scene.tif").stat().st_size
-    assert 0 < store.sent() < size // 2  # what is asked for, not the file
+    assert 0 < store.sent()[0] < size // 2  # what is asked for, not the file
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_remote_scene_is_visited_in_few_requests(
+    store: Store, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = path_of(store, "http", monkeypatch)
+    for address, most in ((path, 12), (f"{path}?signature=a%2Fb", 3)):  # a signature is for one file alone
+        store.sent()
+        with open_scene(address, "sar", SceneOptions(limits=(0, 255))) as scene:
+            assert store.sent()[1] <= most
+            assert scene.name == "scene.tif"
+            grid = Grid(scene.width, scene.height, 200, 40)
+            tiles = [grid[i].outer for i in grid.order(scene.strip())]
+            with ThreadPoolExecutor(threads) as pool, scene.expecting(tiles):
+                for tile, read in zip(tiles, pool.map(scene.read, tiles), strict=True):
+                    assert read.image.shape == (3, tile.height, tile.width)
+        sent, asked = store.sent()
+        assert sent < 1.1 * SIDE * SIDE  # each byte of the full resolution once
+        assert asked <= 12  # of 256 blocks
 
 
 @pytest.mark.parametrize("kind", ["http", "s3"])
