@@ -105,18 +105,18 @@ def imported(folder: str) -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
-    assert imported("babelrs_geo") <= modules("train", "pretrain", "stac")
+    assert imported("babelrs_geo") <= modules("train", "pretrain", "stac", "onnx")
     assert modules() - imported("babelrs_geo") == set()
     assert imported("pipelines") <= modules("train", "pretrain")
     for folder in ("tests", "benchmarks", "examples"):
-        assert imported(folder) <= modules("train", "pretrain", "stac", "test")
+        assert imported(folder) <= modules("train", "pretrain", "stac", "onnx", "test")
 
 
 def test_the_conda_environment_is_in_step():
     lines = (ROOT / "environment.yml").read_text(encoding="utf-8").split("dependencies:\n")[1].split("\n")
     items = [line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")]
     listed = names([item for item in items if item != "pip:"])
-    everything = declared("train", "pretrain", "stac", "test", "dev")
+    everything = declared("train", "pretrain", "stac", "onnx", "test", "dev")
     expected = {CONDA_NAMES.get(name, name): bound for name, bound in everything.items()}
     python = setup()["options"]["python_requires"].removeprefix(">=")
     assert listed == {**expected, "python": python, "pip": listed["pip"]}

@@ -174,18 +174,36 @@ def _figure(figures: dict[str, Any], name: str) -> str:
 
 @weights_group.command("export")
 @click.argument("weights", metavar="NAME|FILE")
-@click.option("-o", "--output", required=True, metavar="OUT.safetensors", help="Where to write.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where to write.")
 @click.option(
     "--as",
     "layout",
-    type=click.Choice(["official", "transformers", "vit"]),
+    type=click.Choice(["official", "transformers", "vit", "onnx"]),
     default="official",
     show_default=True,
-    help="Names of the tensors: the published ones, transformers', or the encoder's alone.",
+    help="Names of the tensors: the published ones, transformers', or the encoder's alone; or an ONNX program.",
+)
+@click.option(
+    "--sensor",
+    type=click.Choice(["sar", "ir", "rgb"]),
+    help="Whose head goes into the ONNX program. [required there]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-def export_verb(weights: str, output: str, layout: Any, overwrite: bool) -> None:
-    """Write weights as plain safetensors under published names: what `weights import` reads, bit for bit."""
+def export_verb(weights: str, output: str, layout: Any, sensor: str | None, overwrite: bool) -> None:
+    """Write weights as plain safetensors under published names: what `weights import` reads, bit for bit.
+
+    With --as onnx, a detector's network for one sensor instead, up to but without the boxes (see docs/weights.md).
+    """
+    if (layout == "onnx") != (sensor is not None):
+        raise click.UsageError(
+            "--sensor says whose head goes into an ONNX program: give it with --as onnx alone"
+        )
+    if sensor is not None:
+        from babelrs_geo.models.onnx import export_onnx
+
+        names = export_onnx(weights, output, sensor, overwrite=overwrite)
+        click.echo(f"Written to {output}: an ONNX program for {sensor}, from images to {', '.join(names)}")
+        return
     from babelrs_geo.models.importing import export
 
     number = export(weights, output, layout, overwrite=overwrite)

@@ -207,13 +207,29 @@ class Detector(nn.Module):
     ) -> list[Prediction]:
         """Objects in images of one sensor; `sizes` are (height, width) without padding. Labels are the shared ones."""
         sizes = sizes or [(images.shape[2], images.shape[3])] * len(images)
+        return self.finish(*self.dense(images, sensor), sensor, sizes)
+
+    def dense(self, images: Tensor, sensor: str) -> tuple[list[Tensor], tuple[list[Tensor], list[Tensor]]]:
+        """The neck's maps and the outputs of the sensor's first head, for any images alike: no boxes yet."""
         maps = self.features(images)
+        levels = self.neck(maps, 1 if sensor == "sar" else 0)
+        head = self.sar_bbox_head if sensor == "sar" else self.oriented_heads(sensor)[0]
+        return levels, head(levels)
+
+    @torch.no_grad()
+    def finish(
+        self,
+        levels: Sequence[Tensor],
+        outputs: tuple[list[Tensor], list[Tensor]],
+        sensor: str,
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[Prediction]:
+        """Objects from what `dense` gave."""
         labels = self.config.labels(sensor)
         if sensor == "sar":
-            return self.sar_bbox_head.predict(self.neck(maps, 1), sizes, labels)
-        levels = self.neck(maps)
+            return self.sar_bbox_head.boxes(outputs, sizes, labels)
         rpn, roi = self.oriented_heads(sensor)
-        return roi.predict(levels, rpn.proposals(levels, rpn(levels)), sizes, labels)
+        return roi.predict(levels, rpn.proposals(levels, outputs), sizes, labels)
 
 
 __all__ = ["COMPACT", "Detector", "DetectorConfig", "HorizontalTarget", "OrientedTarget", "Prediction"]

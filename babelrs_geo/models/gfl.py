@@ -243,7 +243,13 @@ class GFLHead(nn.Module):
         self, maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]], labels: slice
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Per image boxes (n, 4), scores (n,), labels (n,), best first; only labels in the slice are considered."""
-        scores, sides = self(maps)
+        return self.boxes(self(maps), sizes, labels)
+
+    def boxes(
+        self, outputs: tuple[list[Tensor], list[Tensor]], sizes: Sequence[tuple[int, int]], labels: slice
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What `predict` gives, from what `forward` gave."""
+        scores, sides = outputs
         c = self.config
         centres = self.centres(scores)
         out = []

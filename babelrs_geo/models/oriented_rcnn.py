@@ -107,7 +107,7 @@ class OrientedRPN(nn.Module):
         for m in maps:
             x = F.relu(self.rpn_conv(m))
             scores.append(self.rpn_cls(x).permute(0, 2, 3, 1).flatten(1).float())
-            deltas.append(self.rpn_reg(x).permute(0, 2, 3, 1).reshape(len(x), -1, 6).float())
+            deltas.append(self.rpn_reg(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 6).float())
         return scores, deltas
 
     def anchors(self, maps: Sequence[Tensor]) -> list[Tensor]:
