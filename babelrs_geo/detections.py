@@ -154,4 +154,4 @@ def order(found: Detections) -> NDArray[np.int64]:
     rows = ranked[tied]
     cx, cy, w, h, r = found.boxes[rows].T
     ranked[tied] = rows[np.lexsort((rows, r, h, w, cy, cx, found.labels[rows], -found.scores[rows]))]
-    return ranked.astype(np.int64)
+    return ranked.astype(np.int64, copy=False)

@@ -51,16 +51,22 @@ def arrange(boxes: Floats, labels: Ints, classes: int, names: NDArray[np.int32] 
     turned = bool(boxes[:, 4].any())
     cos, sin = direction(boxes[:, 4]) if turned else (np.zeros(0), np.zeros(0))
     names = np.arange(len(boxes), dtype=np.int32) if names is None else names
-    origin = boxes[:, :2].min(0)
-    span = float((boxes[:, :2].max(0) - origin).max())
+    # column by column: along the short axis NumPy takes fifteen times as long
+    x, y, w, h = (boxes[:, column] for column in range(4))
+    origin = np.array([x.min(), y.min()])
+    span = float(max(x.max() - origin[0], y.max() - origin[1]))
     some = bounds(boxes[:: max(len(boxes) // 1000, 1)])
-    usual = float(np.median(np.maximum(some[:, 2:] - some[:, :2], 0).max(1)))
-    # the smallest cell holds most boxes, but is never so small that empty rows outnumber the boxes by far
-    smallest = max(1.5 * usual, span * classes / (4 * len(boxes)), 1e-6)
-    largest = (1 + HAIR) * float(np.maximum(boxes[:, 2:4].max(0), 0).sum())
+    half, most = np.quantile(np.maximum(some[:, 2:] - some[:, :2], 0).max(1), (0.5, 0.99))
+    # the smallest cell holds all boxes if they are about as large as one another, else most; it is never so small that
+    # empty rows outnumber the boxes by far
+    usual = 1.1 * most if most < 3 * half else 1.5 * half
+    smallest = max(float(usual), span * classes / (4 * len(boxes)), 1e-6)
+    largest = (1 + HAIR) * float(max(w.max(), 0.0) + max(h.max(), 0.0))
     levels = 1 + max(0, int(np.ceil(np.log2(max(largest / smallest, 1.0)))))
     cells = smallest * np.exp2(np.arange(levels, dtype=np.float64))
-    return Grids(levels, cells, origin, *_arrange(boxes, labels, classes, names, (cos, sin), origin, cells))
+    rows, starts, columns, which = _arrange(boxes, labels, classes, (cos, sin), origin, cells)
+    table = _tabulated(boxes, which, names, (cos, sin))
+    return Grids(levels, cells, origin, rows, starts, columns, which, table)
 
 
 @compiled
@@ -74,8 +80,8 @@ def _half_bounds(boxes, k, turn):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _arrange(boxes, labels, classes, names, turn, origin, cells):  # type: ignore[no-untyped-def]
-    """The fields of `Grids` from `rows` on. `turn` is cosine and sine of turned boxes, or empty."""
+def _arrange(boxes, labels, classes, turn, origin, cells):  # type: ignore[no-untyped-def]
+    """Of `Grids`: rows, starts, columns, and the positions of the boxes. `turn` is cosine and sine, or empty."""
     n, levels = len(boxes), len(cells)
     grid, row, column = np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.int32)
     rows = np.zeros(classes * levels + 1, np.int64)
@@ -105,20 +111,28 @@ def _arrange(boxes, labels, classes, names, turn, origin, cells):  # type: ignor
     for k in range(n):
         by_column[at[column[k] + 1]] = k
         at[column[k] + 1] += 1
-    named, columns = np.empty(n, np.int32), np.empty(n, np.int32)
-    table = np.empty((n, 8 if len(turn[0]) else 4))
+    which, columns = np.empty(n, np.int32), np.empty(n, np.int32)
     for m in range(n):
         k = by_column[m]
         line = rows[grid[k]] + row[k] + 1
-        place = starts[line]
+        which[starts[line]], columns[starts[line]] = k, column[k]
         starts[line] += 1
-        named[place], columns[place] = names[k], column[k]
+    return rows, starts[:-1], columns, which
+
+
+@compiled
+def _tabulated(boxes, which, names, turn):  # type: ignore[no-untyped-def]
+    """The table of `Grids` for boxes in the order `which`, whose numbers become `names`."""
+    table = np.empty((len(boxes), 8 if len(turn[0]) else 4))
+    for place in range(len(boxes)):
+        k = which[place]
+        which[place] = names[k]
         for c in range(4):
             table[place, c] = boxes[k, c]
         if len(turn[0]):
             table[place, 4], table[place, 5] = _half_bounds(boxes, k, turn)
             table[place, 6], table[place, 7] = turn[0][k], turn[1][k]
-    return rows, starts[:-1], columns, named, table
+    return table
 
 
 @compiled
@@ -171,7 +185,9 @@ def _sweep(grids, classes, iou, containment, limit):  # type: ignore[no-untyped-
     work, p, q = np.empty((4, 16)), np.empty((1, 7)), np.empty((1, 7))
     for a in range(classes * grids.levels):
         for b in range(a, (a // grids.levels + 1) * grids.levels):
-            if grids.rows[b] == grids.rows[b + 1]:
+            if starts[grids.rows[a]] == starts[grids.rows[a + 1]]:
+                continue
+            if starts[grids.rows[b]] == starts[grids.rows[b + 1]]:
                 continue
             small, large = grids.cells[a % grids.levels], grids.cells[b % grids.levels]
             ratio = small / large
@@ -187,6 +203,8 @@ def _sweep(grids, classes, iou, containment, limit):  # type: ignore[no-untyped-
                     low, high = r, r + 1
                 for t in range(low, min(high, grids.rows[b + 1] - 1) + 1):
                     pointer, stop = starts[t], starts[t + 1]
+                    if pointer == stop:
+                        continue
                     for k in range(begin, end):
                         if a == b:
                             left, right = column[k] - 1, column[k] + 1
@@ -222,7 +240,9 @@ def lying_together(boxes: Floats, labels: Ints, iou: float) -> Pairs | None:
     if not len(boxes):
         return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     classes = int(labels.max()) + 1
-    i, j, value, complete = _sweep(arrange(boxes, labels, classes), classes, float(iou), 1.0, CROWDED * len(boxes))
+    i, j, value, complete = _sweep(
+        arrange(boxes, labels, classes), classes, float(iou), 1.0, CROWDED * len(boxes)
+    )
     return Pairs(i.astype(np.int64), j.astype(np.int64), value) if complete else None
 
 
@@ -239,6 +259,7 @@ def keep(boxes: Floats, labels: Ints, ranked: Ints, iou: float, containment: flo
         grids = arrange(boxes, labels, classes, rank)
         i, j, _, complete = _sweep(grids, classes, float(iou), float(containment), CROWDED * len(boxes))
         if complete:
+            del grids, rank
             _settle(i, j, gone)
         else:
             _suppress(grids, labels[ranked], float(iou), float(containment), gone)
