@@ -333,7 +333,7 @@ def test_several_devices_get_weights_each_and_share_the_batches(scene, monkeypat
         return made
 
     monkeypatch.setattr("babelrs_geo.models.zoo.load", load)
-    monkeypatch.setattr(detect_module, "devices", lambda text: text.split(","))
+    monkeypatch.setattr(sys.modules["babelrs_geo.detect.crew"], "devices", lambda text: text.split(","))
     found = bg.detect(scene, "compact", bg.DetectOptions(**SMALL, device="cuda:0,cuda:1", batch=2))
     assert [device for device, _ in loaded] == ["cuda:0", "cuda:1"]
     assert [len(made.batches) for _, made in loaded] == [3, 2]  # nine tiles in five batches

@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from babelrs_geo.archive.cell import Cell, Limits, LostError, Work
 from babelrs_geo.archive.ledger import FAILED
 from babelrs_geo.archive.work import Outcome, Task
-from babelrs_geo.errors import ParameterError
+from babelrs_geo.cluster import Workers, connect
 
 Answer = tuple[Task, Outcome | BaseException]
 """A task and how it ended; an error is the run's, not the scene's."""
@@ -23,24 +22,6 @@ _BATCH_SECONDS = (
 )
 _BATCH_MOST = 32
 _COUNT_SECONDS = 1.0  # between two looks at how many workers there are
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """Who does the work; no choice here changes a result."""
-
-    processes: int = 1
-    """1: one process beside this one; more: a Dask cluster of so many on this machine."""
-    scheduler: str | None = None
-    """Address of a running Dask scheduler, `tcp://host:8786`, whose workers see the scenes and the folder."""
-
-    patience: float = 20.0
-    """Seconds to wait for the scheduler to answer."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        if self.processes < 1:
-            raise ParameterError(f"workers is {self.processes}, expected at least 1")
 
 
 class Crew(Protocol):
@@ -62,11 +43,11 @@ def hired(work: Work, limits: Limits, workers: Workers) -> Iterator[Crew]:
 
     Raises ParameterError where no scheduler answers.
     """
-    if workers.scheduler is None and workers.processes == 1:
+    if workers.alone:
         with ExitStack() as stack:
             yield _One(work, limits, stack)
         return
-    with _dask(workers) as client:
+    with connect(workers) as client:
         crew = _Many(client, work, limits)
         try:
             yield crew
@@ -220,32 +201,3 @@ def _work_off(work: Work, limits: Limits, tasks: Sequence[Task]) -> list[Outcome
 def _close_cells() -> None:
     while _cells:
         _cells.popitem()[1][1].kill()
-
-
-@contextmanager
-def _dask(workers: Workers) -> Iterator[Any]:
-    """A client of the user's scheduler, or of processes on this machine."""
-    from distributed import Client, LocalCluster
-
-    if workers.scheduler is not None:
-        try:
-            client = Client(workers.scheduler, timeout=workers.patience, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise ParameterError(
-                f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"
-            ) from error
-        with client:
-            yield client
-        return
-    with (
-        LocalCluster(
-            n_workers=workers.processes,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            memory_limit=0,
-            silence_logs=50,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client

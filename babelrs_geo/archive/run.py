@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from babelrs_geo.archive.cell import Limits
-from babelrs_geo.archive.crew import Crew, Workers, hired
+from babelrs_geo.archive.crew import Crew, hired
 from babelrs_geo.archive.ledger import (
     DONE,
     DUPLICATE,
@@ -35,6 +35,7 @@ from babelrs_geo.archive.ledger import (
 from babelrs_geo.archive.outputs import DRAFTS, flush, output_of, place, remove
 from babelrs_geo.archive.sources import Item
 from babelrs_geo.archive.work import Outcome, Task
+from babelrs_geo.cluster import Workers
 from babelrs_geo.errors import OutputError, ParameterError
 
 Progress = Callable[[int, int], None]

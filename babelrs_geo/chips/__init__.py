@@ -5,8 +5,9 @@ and joins what they leave, `tables` reads and writes the folder's tables, `geoti
 """
 
 from babelrs_geo.chips.options import COMPRESSIONS, SPLITS, ChipOptions
-from babelrs_geo.chips.run import Cut, Workers, cut_chips
+from babelrs_geo.chips.run import Cut, cut_chips
 from babelrs_geo.chips.tables import open_chip, read_index, read_labels
+from babelrs_geo.cluster import Workers
 
 __all__ = [
     "COMPRESSIONS",

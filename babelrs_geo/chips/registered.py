@@ -8,7 +8,8 @@ from pathlib import Path
 
 from babelrs_geo.chips.options import ChipOptions
 from babelrs_geo.chips.plan import Entry
-from babelrs_geo.chips.run import ALIGNED, Cut, Progress, Workers, cut_entries, objects_on, sources
+from babelrs_geo.chips.run import ALIGNED, Cut, Progress, cut_entries, objects_on, sources
+from babelrs_geo.cluster import Workers
 from babelrs_geo.coregister import Shift, align
 from babelrs_geo.scenes import Scene
 from babelrs_geo.vectors import Labels

@@ -21,6 +21,7 @@ from babelrs_geo.chips.cut import SPOOL, cut_task, part_path
 from babelrs_geo.chips.options import SPLITS, ChipOptions
 from babelrs_geo.chips.plan import Entry, Plan, Task, plan
 from babelrs_geo.chips.tables import INDEX, NOTE, write_tables, write_text
+from babelrs_geo.cluster import Workers, connect
 from babelrs_geo.errors import OutputError, ParameterError
 from babelrs_geo.scenes import Scene
 from babelrs_geo.vectors import Labels, Objects
@@ -28,21 +29,6 @@ from babelrs_geo.vectors import Labels, Objects
 Progress = Callable[[int, int], None]
 ALIGNED = "aligned"
 """Folder of scenes brought to one grid."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """Who does the work; no choice here changes a file."""
-
-    processes: int = 1
-    """1: this process; more: a Dask cluster of so many processes on this machine."""
-    scheduler: str | None = None
-    """Address of a running Dask scheduler, `tcp://host:8786`, whose workers see the scenes and the folder."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        if self.processes < 1:
-            raise ParameterError(f"workers is {self.processes}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -257,7 +243,7 @@ def _crew(workers: Workers) -> Iterator[Work]:
 
     Processes start while the caller still plans, and end with the block.
     """
-    if workers.scheduler is None and workers.processes == 1:
+    if workers.alone:
         yield lambda tasks, out, options: (cut_task(task.light(), str(out), options) for task in tasks)
         return
     from distributed import as_completed
@@ -285,36 +271,8 @@ def _crew(workers: Workers) -> Iterator[Work]:
 
 
 def _client(workers: Workers, stack: ExitStack) -> Any:
-    """A client of the user's scheduler, or of processes on this machine; closed with the stack."""
-    import dask
-    from distributed import Client, LocalCluster
-
-    if workers.scheduler is not None:
-        try:
-            client = Client(workers.scheduler, timeout="20s", set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise ParameterError(
-                f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"
-            ) from error
-        stack.callback(client.close)
-        return client
-    # distributed makes its workers give every large array back to the kernel at once (MALLOC_TRIM_THRESHOLD_), and the
-    # pages, asked for anew, cost as much again as reading and writing chips
-    environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
-    environ.pop("MALLOC_TRIM_THRESHOLD_", None)
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": environ}):
-        cluster = stack.enter_context(
-            LocalCluster(
-                n_workers=workers.processes,
-                threads_per_worker=1,
-                processes=True,
-                dashboard_address=None,
-                memory_limit=0,
-                silence_logs=50,
-            )
-        )
-    client = Client(cluster, set_as_default=False)
-    stack.callback(client.close)
+    """A client, closed with the stack, of workers that have imported all of this."""
+    client = stack.enter_context(connect(workers))
     client.run(_ready)
     return client
 

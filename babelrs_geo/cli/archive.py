@@ -119,8 +119,8 @@ class _Running:
     def options(self) -> RunOptions:
         """The same for the library."""
         from babelrs_geo.archive.cell import Limits
-        from babelrs_geo.archive.crew import Workers
         from babelrs_geo.archive.run import RunOptions
+        from babelrs_geo.cluster import Workers
 
         memory = None if self.memory_limit is None else int(self.memory_limit * 1e6)
         if memory is None and self.dask is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,34 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from babelrs_geo.cli.options import ModelArguments, SceneArguments, model_options, scene_options, split
-from babelrs_geo.cli.program import EXIT_INCOMPLETE, tell
+from babelrs_geo.cli.program import EXIT_INCOMPLETE, EXIT_INTERRUPTED, stoppable, tell
 from babelrs_geo.cli.progress import duration, progress_bar
-from babelrs_geo.errors import BabelError
+from babelrs_geo.errors import BabelError, ParameterError, SceneError
 
 if TYPE_CHECKING:
-    from babelrs_geo.detect import DetectOptions, Found
+    from babelrs_geo.detect import DetectOptions, Found, Running
     from babelrs_geo.scenes import Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunningArguments:
+    """Who computes, as typed."""
+
+    workers: int
+    dask: str | None
+    resume: bool
+
+    def running(self, spool: Path, *, quiet: bool) -> Running:
+        """The same for the library."""
+        from babelrs_geo.cluster import Workers
+        from babelrs_geo.detect import Running
+
+        return Running(
+            workers=Workers(processes=self.workers, scheduler=self.dask, dashboard=not quiet),
+            spool=spool,
+            resume=self.resume,
+            dashboard=None if quiet else lambda address: tell("dashboard", address),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +64,20 @@ class _OutputArguments:
 )
 @click.option("--crs", metavar="EPSG:4326", help="CRS of the result, in place of the scene's own.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes on this machine that compute.",
+)
+@click.option(
+    "--dask",
+    metavar="ADDRESS|scheduler.json",
+    help="A Dask scheduler whose workers compute, in place of --workers.",
+)
+@click.option("--resume", is_flag=True, help="Go on where a run that was stopped or died had come to.")
 @click.option("--quiet", is_flag=True, help="Say nothing but warnings and errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def detect_verb(**given: Any) -> int:
@@ -51,7 +87,11 @@ def detect_verb(**given: Any) -> int:
     looked at. Ends with 0 when done, 1 on an error, 2 on wrong usage, and 3 when some tiles could not be
     read: these are in `coverage` as failed.
     """
-    scene_arguments, model, output = split(given, SceneArguments, ModelArguments, _OutputArguments)
+    scene_arguments, model, output, crew = split(
+        given, SceneArguments, ModelArguments, _OutputArguments, _RunningArguments
+    )
+    if crew.dask is not None and crew.workers > 1:
+        raise click.UsageError("--workers and --dask exclude each other: a scheduler has its own workers")
     if output.quiet and output.as_json:
         raise click.UsageError(
             "--quiet and --json exclude each other: --json is already silent but for its document"
@@ -67,9 +107,25 @@ def detect_verb(**given: Any) -> int:
         if output.crs is not None:
             check_crs(output.crs, georeferenced=scene.georef.crs is not None)
         start = time.perf_counter()
-        with progress_bar(scene.name, hidden=output.quiet or output.as_json) as progress:
-            found = detect(scene, model.weights, options, progress)
+        silent = output.quiet or output.as_json
+        spool = path.with_name(f".{path.name}.parts")
+        running = crew.running(spool, quiet=silent)
+        if output.overwrite and not crew.resume:
+            shutil.rmtree(spool, ignore_errors=True)
+        try:
+            with stoppable(), progress_bar(scene.name, hidden=silent) as progress:
+                found = detect(scene, model.weights, options, progress, running)
+        except KeyboardInterrupt:
+            if not any(spool.glob("*.arrow")):
+                shutil.rmtree(spool, ignore_errors=True)
+                raise
+            tell("error", "stopped, and what is done is kept: run the same with --resume, and it goes on")
+            return EXIT_INTERRUPTED
+        except (ParameterError, SceneError):  # the same would end the same
+            shutil.rmtree(spool, ignore_errors=True)
+            raise
         found.save(path, overwrite=output.overwrite, crs=output.crs)
+        shutil.rmtree(spool, ignore_errors=True)
         seconds = time.perf_counter() - start
     if output.as_json:
         click.echo(json.dumps(_summary(found, path, seconds), indent=2))

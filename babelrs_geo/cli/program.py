@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -60,6 +61,20 @@ def fail(message: str, code: int) -> NoReturn:
 def tell(kind: str, message: str) -> None:
     """One line on stderr, whatever breaks the message holds."""
     click.echo(f"{PROGRAM}: {kind}: {' '.join(message.split())}", err=True)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM, as a cluster sends it, is heard as Ctrl+C is, for as long as the block lasts."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

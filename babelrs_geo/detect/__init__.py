@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babelrs_geo import concepts
+from babelrs_geo.detect.area import MapArea, area_of
+from babelrs_geo.detect.crew import Running, Where, crew_of, devices, load_weights, torch_threads
 from babelrs_geo.errors import (
     GeorefError,
-    LabelError,
     ParameterError,
     SceneError,
 )
@@ -26,15 +26,25 @@ from babelrs_geo.tiling import Grid
 
 if TYPE_CHECKING:
     import geopandas as gpd
-    import numpy as np
-    import shapely
-    from numpy.typing import NDArray
 
     from babelrs_geo.detections import Detections
-    from babelrs_geo.inference import Coverage, InferenceOptions
+    from babelrs_geo.inference import InferenceOptions
     from babelrs_geo.models.checkpoints import Header
     from babelrs_geo.models.zoo import Weights
     from babelrs_geo.scenes import Scene
+
+__all__ = [
+    "DetectOptions",
+    "Found",
+    "Outlook",
+    "Plan",
+    "Running",
+    "check_crs",
+    "detect",
+    "devices",
+    "outlook",
+    "plan_for",
+]
 
 NATIVE = "native"
 
@@ -163,11 +173,13 @@ def detect(
     weights: str | os.PathLike[str] | Weights = "compact",
     options: DetectOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
+    running: Running | None = None,
 ) -> Found:
     """Find objects in a scene.
 
     `weights` is the name of bundled weights, a file, or weights already loaded (which then stay on their
-    device). `progress` is called with (tiles done, tiles in all).
+    device, and in this process). `progress` is called with (tiles done, tiles in all). `running` says who computes
+    and where to keep what is done.
 
     A scene outside the weights' range of ground sampling is read resampled into it, and a `UserWarning` says
     so where that is more than fourfold; boxes come back in scene pixels.
@@ -175,22 +187,29 @@ def detect(
     Raises `SceneError` where nothing could be read or no pixel is valid, `WeightsError` where the weights
     cannot be used or lack the sensor, `ParameterError` for an unknown class or device or where the memory
     does not suffice, `LabelError` where the area of interest misses the scene, `GeorefError` where one is
-    asked of a scene without georeference.
+    asked of a scene without georeference, `OutputError` where `running.spool` cannot be written or is another run's.
     """
     from babelrs_geo import inference, vectors
 
-    options = options or DetectOptions()
+    options, running = options or DetectOptions(), running or Running()
     started = vectors.clock()
-    area = None if options.aoi is None else _area(scene, options.aoi)
-    loaded, device = _load(weights, options.device)
+    area = None if options.aoi is None else area_of(scene, options.aoi)
+    loaded, device = load_weights(weights, options.device)
     header = loaded[0].header
     plan = plan_for(scene, header, options)
     if plan.caution:
         warnings.warn(plan.caution, UserWarning, stacklevel=2)
-    detectors = [each.detector(scene.sensor, options.score, plan.classes) for each in loaded]
-    running = inference.InferenceOptions(batch=options.batch)
-    with _torch_threads(options.threads):
-        found, coverage = inference.run(scene, detectors, plan.grid, plan.scale, running, area, progress)
+    look = inference.Look(scene, plan.grid, plan.scale, inference.InferenceOptions(batch=options.batch))
+    about = _provenance(scene, loaded[0], plan, options, look.options, device)
+    keep = None
+    if running.spool is not None:
+        from babelrs_geo.inference.spool import Spool
+
+        keep = Spool(Path(running.spool), about | _files(scene, area), resume=running.resume)
+    named = os.fspath(weights) if isinstance(weights, str | os.PathLike) else None
+    on = Where(named, options.device, options.threads)
+    with crew_of(running, look, loaded, options.score, plan.classes, on) as crew:
+        found, coverage = inference.gather(look, crew, area, progress, keep)
     if coverage.looked_at == 0:
         where = "it" if area is None else "the area of interest"
         raise SceneError(
@@ -204,8 +223,7 @@ def detect(
     return Found(
         vectors.features(found, scene.georef, origin),
         ground,
-        _provenance(scene, loaded[0], plan, options, running, coverage, device)
-        | {"started": started, "finished": vectors.clock()},
+        about | {"tiles": coverage.counts(), "started": started, "finished": vectors.clock()},
         found,
     )
 
@@ -239,11 +257,12 @@ def outlook(
     """The plan for a scene and what it would cost here, measured on one batch. Raises as `detect` does."""
     from babelrs_geo import inference
 
-    loaded, _ = _load(weights, options.device)
+    loaded, _ = load_weights(weights, options.device)
     plan = plan_for(scene, loaded[0].header, options)
     detector = loaded[0].detector(scene.sensor, options.score, plan.classes)
-    with _torch_threads(options.threads):
-        seconds = inference.seconds_per_tile(scene, detector, plan.grid, plan.scale, options.batch)
+    look = inference.Look(scene, plan.grid, plan.scale, inference.InferenceOptions(batch=options.batch))
+    with torch_threads(options.threads):
+        seconds = look.seconds_per_tile(detector)
     tiles = max(1, round(len(plan.grid) * scene.valid_share))
     return plan, Outlook(tiles, seconds / len(loaded))
 
@@ -345,107 +364,15 @@ def _times(scale: float) -> str:
     return f"{scale:.1f}x finer" if scale > 1 else f"{1 / scale:.1f}x coarser"
 
 
-@dataclass(frozen=True)
-class _MapArea:
-    """An area of interest in map coordinates, asked in scene pixels (`inference.Area`)."""
-
-    geometry: shapely.Geometry
-    scene: Scene
-
-    def touches(self, rects: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which rectangles (N, 4) in scene pixels share ground with the area, their edges followed through
-        the georeference at nine points each (a GCP scene's rows are no straight lines on the map).
-        """
-        import numpy as np
-        import shapely
-
-        run = np.linspace(0, 1, 9)[:-1]
-        side, zero = np.ones_like(run), np.zeros_like(run)
-        around_x = np.concatenate([run, side, 1 - run, zero])
-        around_y = np.concatenate([zero, run, side, 1 - run])
-        px = rects[:, :1] + around_x * rects[:, 2:3]
-        py = rects[:, 1:2] + around_y * rects[:, 3:4]
-        x, y = self.scene.georef.to_map(px.ravel(), py.ravel())
-        outlines = np.stack([x, y], axis=-1).reshape(*px.shape, 2)
-        shapely.prepare(self.geometry)
-        tiles = shapely.polygons(outlines)
-        hit: NDArray[np.bool_] = shapely.intersects(self.geometry, tiles) & ~shapely.touches(
-            self.geometry, tiles
-        )
-        return hit
-
-    def holds(self, px: NDArray[np.float64], py: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which points, in scene pixels, lie in the area or on its outline."""
-        import shapely
-
-        shapely.prepare(self.geometry)
-        inside: NDArray[np.bool_] = shapely.intersects_xy(self.geometry, *self.scene.georef.to_map(px, py))
-        return inside
-
-
-def _area(scene: Scene, path: str | os.PathLike[str]) -> _MapArea:
-    """The area of interest in `path`, in the scene's map coordinates."""
-    import numpy as np
-
-    from babelrs_geo import vectors
-
-    area = _MapArea(vectors.read_area(path, scene.georef.crs), scene)
-    whole = np.array([[0, 0, scene.width, scene.height]], np.int64)
-    if not area.touches(whole).any():
-        raise LabelError(
-            f"the area of interest {Path(path).name} does not touch {scene.name}: pass an area over "
-            "the scene (babelrs-geo info tells where it lies), or leave it out"
-        )
-    return area
-
-
-def _load(weights: str | os.PathLike[str] | Weights, device: str) -> tuple[list[Weights], str]:
-    """The weights, once per device, and the kind of device."""
-    if not isinstance(weights, str | os.PathLike):
-        return [weights], device
-    from babelrs_geo.models import zoo
-
-    named = devices(device)
-    return [zoo.load(os.fspath(weights), each) for each in named], named[0].partition(":")[0]
-
-
-def devices(text: str) -> list[str]:
-    """The devices that `auto`, `cpu`, `cuda` or `cuda:0,cuda:1` names; ParameterError for one that is not there."""
-    import torch
-
-    if text == "auto":
-        return ["cuda" if torch.cuda.is_available() else "cpu"]
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        kind, colon, number = name.partition(":")
-        if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and number.isdecimal())):
-            raise ParameterError(
-                f'unknown device "{name}": expected auto, cpu, cuda, or a list such as cuda:0,cuda:1'
-            )
-        if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-            raise ParameterError(
-                f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices here; "
-                "pass cpu, or install a torch build that matches the driver"
-            )
-    if len(set(names)) < len(names):
-        raise ParameterError(f'device "{text}" names a device twice: name each once')
-    return names
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """`threads` CPU threads in torch for a while; its own choice where None."""
-    if threads is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _files(scene: Scene, area: MapArea | None) -> dict[str, Any]:
+    """What parts of a run depend on beyond what its provenance tells."""
+    path = Path(scene.path)
+    state = path.stat() if path.is_file() else None
+    return {
+        "path": scene.path,
+        "modified": None if state is None else [state.st_size, state.st_mtime_ns],
+        "area": None if area is None else area.geometry.wkt,
+    }
 
 
 def _name(path: str | os.PathLike[str] | None) -> str | None:
@@ -458,7 +385,6 @@ def _provenance(
     plan: Plan,
     options: DetectOptions,
     running: InferenceOptions,
-    coverage: Coverage,
     device: str,
 ) -> dict[str, Any]:
     """All that made the result what it is: names, never paths, so that two hosts tell the same."""
@@ -490,5 +416,4 @@ def _provenance(
             "model_gsd_m": plan.gsd,
             "merging": asdict(running.merging),
         },
-        "tiles": coverage.counts(),
     }

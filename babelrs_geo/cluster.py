@@ -1,0 +1,76 @@
+"""Processes that share the work: on this machine, or those of the user's own Dask scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from babelrs_geo.errors import ParameterError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who does the work; no choice here changes a result."""
+
+    processes: int = 1
+    """1: this process alone; more: so many processes on this machine."""
+    scheduler: str | None = None
+    """A running Dask scheduler, by address (`tcp://host:8786`) or by the file that it wrote (`scheduler.json`); scenes,
+    weights and folders are where its workers see them under the same paths."""
+    patience: float = 20.0
+    """Seconds to wait for the scheduler to answer."""
+    dashboard: bool = False
+    """Whether a cluster on this machine serves Dask's dashboard, which needs bokeh."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.processes < 1:
+            raise ParameterError(f"workers is {self.processes}, expected at least 1")
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody but this process."""
+        return self.scheduler is None and self.processes == 1
+
+
+@contextmanager
+def connect(workers: Workers) -> Iterator[Any]:
+    """A `distributed.Client` of the user's scheduler, or of processes that end with the block.
+
+    Raises ParameterError where no scheduler answers.
+    """
+    import dask
+    from distributed import Client, LocalCluster
+
+    if workers.scheduler is not None:
+        named = "scheduler_file" if Path(workers.scheduler).suffix == ".json" else "address"
+        try:
+            client = Client(**{named: workers.scheduler}, timeout=workers.patience, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise ParameterError(
+                f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"
+            ) from error
+        with client:
+            yield client
+        return
+    # distributed makes its workers give every large array back to the kernel at once (MALLOC_TRIM_THRESHOLD_), and the
+    # pages, asked for anew, cost as much again as reading and writing chips
+    environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
+    environ.pop("MALLOC_TRIM_THRESHOLD_", None)
+    with (
+        dask.config.set({"distributed.nanny.pre-spawn-environ": environ}),
+        LocalCluster(
+            n_workers=workers.processes,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=":0" if workers.dashboard and find_spec("bokeh") else None,
+            memory_limit=0,
+            silence_logs=50,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client

@@ -1,0 +1,124 @@
+"""Parts of a run in a folder beside its output, until the output is there: what a dead run had done is not lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from babelrs_geo.detections import Detections
+from babelrs_geo.errors import OutputError
+from babelrs_geo.inference.look import Part
+
+NOTE = "run.json"
+
+
+class Spool:
+    """A folder of parts, each an Arrow file that is there whole or not at all.
+
+    `about` is all that the parts depend on, as JSON values. With `resume`, parts of a run that is about the same are
+    used. Raises OutputError where the folder holds parts and `resume` is False, where they are of another run, and
+    where a part cannot be written.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any], *, resume: bool = False) -> None:
+        self.folder = folder
+        note, known = folder / NOTE, json.loads(json.dumps(about))
+        if note.is_file() and self._files():
+            if not resume:
+                raise OutputError(
+                    f"an earlier run left {len(self._files())} parts of its work in {folder}; pass --resume to go "
+                    "on, or --overwrite to start anew"
+                )
+            if (there := json.loads(note.read_text(encoding="utf-8"))) != known:
+                raise OutputError(
+                    f"{folder} holds parts of another run ({_difference(there, known)}); run what they are of, or "
+                    "pass --overwrite to start anew"
+                )
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(note, json.dumps(known, indent=1).encode())
+        except OSError as error:
+            raise _unwritable(note, error) from error
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.arrow"))
+
+    def parts(self) -> dict[int, Part]:
+        """The parts that are there, by the number of their group."""
+        return {int(path.stem): _read(path) for path in self._files()}
+
+    def put(self, number: int, part: Part) -> None:
+        """Keep one. Raises OutputError."""
+        path = self.folder / f"{number:08d}.arrow"
+        try:
+            _write(path, _bytes(part))
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def remove(self) -> None:
+        """The output is there: nothing is needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path} cannot be written ({error.strerror or error}); make room or rights, then pass --resume to go on"
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _bytes(part: Part) -> bytes:
+    import pyarrow as pa
+
+    found = part.found
+    about = {
+        "ended": part.ended,
+        "found": None if found is None else {"classes": found.classes, "oriented": found.oriented},
+    }
+    boxes = np.zeros((0, 5)) if found is None else found.boxes
+    columns: dict[str, Any] = {name: boxes[:, k] for k, name in enumerate(("cx", "cy", "w", "h", "r"))}
+    columns["score"] = np.zeros(0, np.float32) if found is None else found.scores
+    columns["label"] = np.zeros(0, np.int64) if found is None else found.labels
+    columns["tile"] = part.tiles
+    table = pa.table(columns).replace_schema_metadata({"part": json.dumps(about)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _read(path: Path) -> Part:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+        about = json.loads(table.schema.metadata[b"part"])
+        column = {name: table[name].to_numpy().copy() for name in table.column_names}
+    found = None
+    if about["found"] is not None:
+        boxes = np.stack([column[name] for name in ("cx", "cy", "w", "h", "r")], axis=1)
+        kind = about["found"]
+        found = Detections(boxes, column["score"], column["label"], tuple(kind["classes"]), kind["oriented"])
+    return Part(found, column["tile"], tuple((i, state, reason) for i, state, reason in about["ended"]))
+
+
+def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    """Which parameters differ, in words."""
+    names = [k for k in {**there, **asked} if there.get(k) != asked.get(k)]
+    return f"with other {', '.join(names)}"
