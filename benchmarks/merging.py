@@ -4,8 +4,8 @@ PEERS is an environment made from `requirements-peers.txt`; without it only what
 process of its own (`contestants.py`), all on one thread; a round runs every row once, and ratios are medians over
 rounds of a tool's seconds to those of our `nms` in the same round: machines differ and are noisy. "same" says whether
 it keeps the boxes that our `nms` keeps; `tests/test_merging.py` holds that to a plain reference. Memory is what the
-first call added at its peak. Tools whose time or memory grows with the square of the boxes stop early. The whole takes
-some ten minutes, and is run on an idle machine.
+first call added at its peak, a tool's own code included, and what the second did. Tools whose time or memory grows with
+the square of the boxes stop early. The whole takes some ten minutes, and is run on an idle machine.
 
 Boxes are 70 % in clusters, 12 to 48 px long, five classes, seen by every 640 px tile (overlap 128) that holds the
 centre, moved by about a pixel; `--boxes FILE` takes others, in the form that `contestants.py` reads.
@@ -162,6 +162,7 @@ def measure(file: Path, names: Sequence[str], args: argparse.Namespace) -> list[
                 "times ours": round(statistics.median(a / b for a, b in zip(seconds, base, strict=True)), 2),
                 "us a pair": round(1e6 * statistics.median(seconds) / max(count, 1), 3),
                 "MB added": round(statistics.median(one["added_mb"] for one in results[name])),
+                "MB again": round(statistics.median(one["again_mb"] for one in results[name])),
                 "left": len(kept[name]),
                 "same": same,
             }

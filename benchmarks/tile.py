@@ -152,11 +152,11 @@ def blocks_read(source: Path, out: Path, options: argparse.Namespace) -> float:
         kind = type(scene)
         whole = kind.read_both
 
-        def counted(self, window):  # type: ignore[no-untyped-def]
+        def counted(self, window, **how):  # type: ignore[no-untyped-def]
             nonlocal asked
             x, y, w, h = window
             asked += (-(-(y + h) // down) - y // down) * (-(-(x + w) // across) - x // across)
-            return whole(self, window)
+            return whole(self, window, **how)
 
         kind.read_both = counted  # type: ignore[method-assign]
         try:
