@@ -396,12 +396,12 @@ def test_every_block_of_the_file_is_read_once(tmp_path, monkeypatch, layout):
         down, across = scene.facts.block
         whole = type(scene).read_both
 
-        def counted(self, window):
+        def counted(self, window, **how):
             x, y, w, h = window
             for r in range(y // down, -(-(y + h) // down)):
                 for c in range(x // across, -(-(x + w) // across)):
                     read[r, c] += 1
-            return whole(self, window)
+            return whole(self, window, **how)
 
         monkeypatch.setattr(type(scene), "read_both", counted)
         cut_chips([scene], tmp_path / "chips", options=ChipOptions(size=100, overlap=25, block=3))

@@ -125,7 +125,8 @@ class _Strip:
         start = max(top // block * block, self._next or 0)
         stop = min(-(-bottom // block) * block, self._end)
         if start < stop:
-            raw, valid = self._scene.read_both((self._left, start, self._right - self._left, stop - start))
+            window = (self._left, start, self._right - self._left, stop - start)
+            raw, valid = self._scene.read_both(window, once=True)
             self._parts.append((start, raw, valid))
             self._next = stop
 

@@ -33,7 +33,7 @@ from babelrs_geo.georef import Georef
 from babelrs_geo.scenes.blocks import LIMIT, STORE, Key, Piece
 from babelrs_geo.sensors import Bands
 
-CACHE_MB = 16
+CACHE_MB = 8
 """GDAL's block cache where pieces are whole blocks of the file."""
 LARGE_CACHE_MB = 256
 """GDAL's block cache once a file was opened whose pieces are not."""
@@ -314,11 +314,11 @@ class Reader:
             (high, wide), (rows, columns) = self._level(key.level)
             x, y = key.column * columns, key.row * rows
             window = (x, y, min(run * columns, wide - x), min(rows, high - y))
-            raw, valid = self.look(key.bands, window, key.level, judged=key.judged)
+            raw, valid = self._raw(key.bands, window, key.level, None, key.judged)
             for step in range(run):
                 part = slice(step * columns, (step + 1) * columns)
                 mine = raw if run == 1 else raw[:, :, part].copy()
-                seen = None if valid[:, part].all() else valid[:, part].copy()
+                seen = None if valid is None or valid[:, part].all() else valid[:, part].copy()
                 made[key._replace(column=key.column + step)] = Piece(mine, seen)
         return [made[key] for key in keys]
 
@@ -334,12 +334,24 @@ class Reader:
 
         With `shape` the window is decimated to it by nearest neighbour.
         """
+        raw, valid = self._raw(bands, window, level, shape, judged)
+        return raw, np.ones(raw.shape[1:], bool) if valid is None else valid
+
+    def _raw(
+        self,
+        bands: tuple[int, ...],
+        window: tuple[int, int, int, int],
+        level: int | None,
+        shape: tuple[int, int] | None,
+        judged: tuple[int, ...] | None,
+    ) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """What `look` gives; None where the file declares nothing, so that all is valid."""
         where, seen = Window(*window), judged or bands
+        valid: NDArray[np.bool_] | None = None
         with gdal(**_remote(self.path)):
             try:
                 dataset = self._dataset(level)
                 raw = dataset.read(list(bands), window=where, out_shape=shape and (len(bands), *shape))
-                valid = np.ones(raw.shape[1:], bool)
                 if self.facts.masked:
                     valid = dataset.read_masks(seen[0], window=where, out_shape=shape) > 0
             except (RasterioError, OSError, ValueError) as error:
@@ -348,8 +360,11 @@ class Reader:
                     f"{self.given} cannot be read at {place} ({cause(error)}); "
                     "the file may be cut short or damaged: copy or download it again"
                 ) from error
-        values = raw if judged is None else raw[[bands.index(b) for b in judged]]
-        return raw, valid & _declared(values, [self.facts.nodata[b - 1] for b in seen])
+        nodata = [self.facts.nodata[b - 1] for b in seen]
+        if raw.dtype.kind in "ui" and None in nodata:
+            return raw, valid
+        declared = _declared(raw if judged is None else raw[[bands.index(b) for b in judged]], nodata)
+        return raw, declared if valid is None else valid & declared
 
 
 def _bytes_of(facts: Facts, rows: int, columns: int, bands: int | None = None) -> int:

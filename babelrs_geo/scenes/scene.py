@@ -254,11 +254,14 @@ class Scene:
         _check(window, self.height, self.width)
         return self._level(window, None)[1]
 
-    def read_both(self, window: Window) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """What `read_raw` and `valid` give, from one look at the file."""
+    def read_both(self, window: Window, *, once: bool = False) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """What `read_raw` and `valid` give, from one look at the file; `once` where no other window will need the same
+        blocks, which are then not kept.
+        """
         _check(window, self.height, self.width)
         every = tuple(range(1, self.count + 1))
-        raw, valid = self._reader.read(every, window, judged=self._bands)
+        read = self._reader.look if once else self._reader.read
+        raw, valid = read(every, window, judged=self._bands)
         columns, rows = (np.arange(start, start + n) for start, n in zip(window[:2], window[2:], strict=True))
         return raw, self._uncollared(raw[[b - 1 for b in self._bands]], valid, rows, columns)[1]
 
