@@ -23,8 +23,6 @@ class Workers:
     weights and folders are where its workers see them under the same paths."""
     patience: float = 20.0
     """Seconds to wait for the scheduler to answer."""
-    dashboard: bool = False
-    """Whether a cluster on this machine serves Dask's dashboard, which needs bokeh."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -67,10 +65,17 @@ def connect(workers: Workers) -> Iterator[Any]:
             n_workers=workers.processes,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=":0" if workers.dashboard and find_spec("bokeh") else None,
+            dashboard_address=":0",  # None is a fixed port, which a second run finds taken
             memory_limit=0,
             silence_logs=50,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+def dashboard(client: Any) -> str | None:
+    """Where the cluster's dashboard is seen; None where it has none, as without bokeh."""
+    here = client.cluster is None or find_spec("bokeh") is not None
+    served = client.scheduler_info(n_workers=0).get("services", {}).get("dashboard")
+    return client.dashboard_link if here and served else None

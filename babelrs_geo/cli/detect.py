@@ -35,7 +35,7 @@ class _RunningArguments:
         from babelrs_geo.detect import Running
 
         return Running(
-            workers=Workers(processes=self.workers, scheduler=self.dask, dashboard=not quiet),
+            workers=Workers(processes=self.workers, scheduler=self.dask),
             spool=spool,
             resume=self.resume,
             dashboard=None if quiet else lambda address: tell("dashboard", address),

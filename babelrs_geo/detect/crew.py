@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babelrs_geo.cluster import Workers, connect
+from babelrs_geo.cluster import Workers, connect, dashboard
 from babelrs_geo.errors import ParameterError, WeightsError
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def crew_of(
         with torch_threads(where.threads):
             yield lambda groups, tick: look.parts(detectors, groups, tick)
         return
+    import torch
+
     from babelrs_geo.inference import over_dask
 
     if where.weights is None:
@@ -101,11 +103,11 @@ def crew_of(
         score=score,
         classes=classes,
         device=where.device,
-        threads=where.threads or max(1, (os.cpu_count() or 1) // running.workers.processes),
+        threads=where.threads or max(1, torch.get_num_threads() // running.workers.processes),
     )
     with connect(running.workers) as client:
-        if running.dashboard is not None and client.scheduler_info()["services"].get("dashboard"):
-            running.dashboard(client.dashboard_link)
+        if running.dashboard is not None and (address := dashboard(client)):
+            running.dashboard(address)
         yield over_dask.crew(client, look, load)
 
 

@@ -1,0 +1,276 @@
+"""Law 6: the same content by one process or many, in any order, killed and resumed; with real Dask workers that die."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kills import drafts, end_at_random
+from simple_scenes import bright_detector, canvas, write_scene
+from test_checkpoints import header
+from tiny_model import TINY
+
+from babelrs_geo.cluster import Workers, connect
+from babelrs_geo.detections import Detections
+from babelrs_geo.errors import OutputError, ParameterError
+from babelrs_geo.inference import FAILED, Group, InferenceOptions, Look, Part, gather, over_dask, run
+from babelrs_geo.inference.spool import Spool
+from babelrs_geo.models import checkpoints
+from babelrs_geo.models.detector import Detector
+from babelrs_geo.scenes import open_scene
+from babelrs_geo.tiling import Grid
+
+ODD = 77  # a pixel of this value makes the detector fail
+SIDE = 300
+
+
+@dataclass(frozen=True)
+class Bright:
+    """Makes `bright_detector`; a process that does leaves a file in `seen`. Who finds `trap` removes it and dies."""
+
+    seen: str
+    trap: str = ""
+    full: bool = False
+
+    def __call__(self):
+        Path(self.seen, str(os.getpid())).touch()
+
+        def detector(images):
+            if self.trap and Path(self.trap).exists():
+                Path(self.trap).unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.full:
+                raise RuntimeError("CUDA out of memory")
+            if np.isclose(images, ODD / 255).any():
+                raise ValueError("an odd\npixel")
+            return bright_detector(images)
+
+        return [detector]
+
+
+def town(path: Path, seed: int = 0):
+    draw = np.random.default_rng(seed)
+    image = canvas(SIDE, SIDE, [(x, y, 9, 5) for x, y in draw.integers(0, 19, (40, 2)) * 15])
+    return write_scene(path, image)
+
+
+def look_at(scene) -> Look:
+    grid = Grid(scene.width, scene.height, tile=48, overlap=16)
+    return Look(scene, grid, options=InferenceOptions(batch=2))
+
+
+def same(one, other) -> bool:
+    (found, ground), (others, its) = one, other
+    arrays = ("boxes", "scores", "labels")
+    equal = all(np.array_equal(getattr(found, name), getattr(others, name)) for name in arrays)
+    return equal and len(found) > 0 and ground.states == its.states and ground.reasons == its.reasons
+
+
+@pytest.fixture(scope="module")
+def client():
+    with connect(Workers(processes=2)) as client:
+        yield client
+
+
+def alone(look: Look):
+    return run(look.scene, bright_detector, look.grid, options=look.options)
+
+
+def test_workers_give_the_same_and_load_once_each(tmp_path, client):
+    (tmp_path / "seen").mkdir()
+    with open_scene(town(tmp_path / "town.tif"), "sar") as scene:
+        look, ticks = look_at(scene), []
+        assert len(look.groups(np.ones(len(look.grid), bool))) >= 5
+        crew = over_dask.crew(client, look, Bright(str(tmp_path / "seen")))
+        found = gather(look, crew, progress=lambda *told: ticks.append(told))
+        assert same(found, alone(look))
+        assert ticks == sorted(ticks) and ticks[-1] == (len(look.grid), len(look.grid))
+    pids = {int(path.name) for path in (tmp_path / "seen").iterdir()}
+    assert len(pids) == 2 and pids == set(client.run(os.getpid).values())
+
+
+def test_a_worker_that_dies_costs_nothing(tmp_path, client):
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "trap").touch()
+    with open_scene(town(tmp_path / "town.tif"), "sar") as scene:
+        look = look_at(scene)
+        load = Bright(str(tmp_path / "seen"), str(tmp_path / "trap"))
+        assert same(gather(look, over_dask.crew(client, look, load)), alone(look))
+    assert not (tmp_path / "trap").exists() and len(list((tmp_path / "seen").iterdir())) in (2, 3)
+
+
+def test_a_group_that_keeps_failing_is_told_in_the_coverage_and_memory_is_advised_on(tmp_path, client):
+    (tmp_path / "seen").mkdir()
+    image = canvas(SIDE, SIDE, [(200, 200, 9, 5)])
+    image[10, 10] = ODD
+    with open_scene(write_scene(tmp_path / "odd.tif", image), "sar") as scene:
+        look = look_at(scene)
+        found, ground = gather(look, over_dask.crew(client, look, Bright(str(tmp_path / "seen"))))
+        first = look.groups(np.ones(len(look.grid), bool))[0]
+        failed = {i for i, state in enumerate(ground.states) if state == FAILED}
+        assert failed == set(first.tiles) and len(found) == 1
+        assert ground.reasons[0] == "its worker failed (ValueError: an odd pixel)"
+        full = over_dask.crew(client, look, Bright(str(tmp_path / "seen"), full=True))
+        with pytest.raises(ParameterError, match="out of memory with a batch of 2 tiles of 48 px"):
+            gather(look, full)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), stop=st.integers(0, 6), seed=st.integers(0, 3))
+def test_any_order_and_any_stop_give_the_same(tmp_path_factory, data, stop, seed):
+    folder = tmp_path_factory.mktemp("order")
+    with open_scene(town(folder / "town.tif", seed), "sar") as scene:
+        look, about = look_at(scene), {"of": seed}
+        every = dict(look.parts([bright_detector], look.groups(np.ones(len(look.grid), bool))))
+
+        def crew(groups, tick, most):
+            for group in data.draw(st.permutations(list(groups)))[:most]:
+                yield group, every[group]
+            if most < len(groups):
+                raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            gather(look, partial(crew, most=stop), keep=Spool(folder / "spool", about))
+        kept = Spool(folder / "spool", about, resume=True)
+        assert len(kept.parts()) == min(stop, len(every))
+        found = gather(look, partial(crew, most=len(every)), keep=kept)
+        assert same(found, alone(look))
+        assert not drafts(folder / "spool")
+
+
+parts = st.builds(
+    lambda rows, failed: Part(
+        Detections(
+            np.array([r[:5] for r in rows], float).reshape(-1, 5),
+            np.array([r[5] for r in rows], np.float32),
+            np.zeros(len(rows), np.int64),
+            ("ship", "plane"),
+            oriented=True,
+        ),
+        np.arange(len(rows), dtype=np.int64),
+        tuple((i, FAILED, reason) for i, reason in enumerate(failed)),
+    ),
+    st.lists(st.tuples(*[st.floats(-1e6, 1e6)] * 5, st.floats(0, 1, width=32)), max_size=4),
+    st.lists(st.text(max_size=9), max_size=3),
+)
+
+
+@given(part=parts, none=st.booleans())
+def test_parts_come_back_as_they_were(tmp_path_factory, part, none):
+    if none:
+        part = Part(None, np.zeros(0, np.int64), part.ended)
+    spool = Spool(tmp_path_factory.mktemp("spool") / "parts", {})
+    spool.put(3, part)
+    (back,) = spool.parts().values()
+    assert back.ended == part.ended and np.array_equal(back.tiles, part.tiles)
+    assert (back.found is None) == none
+    if back.found is not None:
+        assert np.array_equal(back.found.boxes, part.found.boxes)
+        assert np.array_equal(back.found.scores, part.found.scores)
+        assert (back.found.classes, back.found.oriented) == (part.found.classes, True)
+
+
+def test_parts_of_another_run_are_refused_and_stay(tmp_path):
+    spool = Spool(tmp_path / "parts", {"weights": "a", "tile": 640})
+    spool.put(0, Part(None, np.zeros(0, np.int64), ()))
+    with pytest.raises(OutputError, match=r"an earlier run left 1 parts .* pass --resume to go on"):
+        Spool(tmp_path / "parts", {"weights": "a", "tile": 640})
+    with pytest.raises(OutputError, match=r"of another run .with other weights.; .* --overwrite"):
+        Spool(tmp_path / "parts", {"weights": "b", "tile": 640}, resume=True)
+    assert list(Spool(tmp_path / "parts", {"tile": 640, "weights": "a"}, resume=True).parts()) == [0]
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot be written .* --resume"):
+        Spool(tmp_path / "file" / "parts", {})
+
+
+def test_groups_are_whole_batches_and_hold_every_wanted_tile_once(tmp_path):
+    with open_scene(town(tmp_path / "town.tif"), "sar") as scene:
+        look = look_at(scene)
+        wanted = np.random.default_rng(0).random(len(look.grid)) < 0.7
+        groups = look.groups(wanted)
+    assert sorted(i for g in groups for i in g.tiles) == np.flatnonzero(wanted).tolist()
+    assert [g.number for g in groups] == list(range(len(groups))) and isinstance(groups[0], Group)
+    assert {len(g.tiles) for g in groups[:-1]} == {16}
+
+
+# The command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    checkpoints.save(path, Detector(TINY), header())
+    return path
+
+
+def command(folder: Path, weights: Path, output: str, *more: str) -> list[str]:
+    words = ["detect", str(folder / "town.tif"), "--sensor", "sar", "--weights", str(weights)]
+    words += ["-o", str(folder / output), "--gsd", "native", "--tile", "32", "--overlap", "8"]
+    return [sys.executable, "-m", "babelrs_geo", *words, "--batch", "1", "--score", "0.01", *more]
+
+
+ENVIRONMENT = os.environ | {"OGR_CURRENT_DATE": "2026-01-01T00:00:00Z", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_killed_at_random_and_resumed_the_file_is_the_same_to_the_byte(tmp_path, weights):
+    town(tmp_path / "town.tif")
+    subprocess.run(command(tmp_path, weights, "whole.gpkg", "--quiet"), env=ENVIRONMENT, check=True)
+    draw, spool = random.Random(0), tmp_path / ".cut.gpkg.parts"
+    resumed = command(tmp_path, weights, "cut.gpkg", "--quiet", "--resume")
+    kills = 0
+    for until in (1, 4, 8, 12, 16):
+        kills += end_at_random(
+            resumed, lambda: len(list(spool.glob("*.arrow"))), until, draw, environment=ENVIRONMENT
+        )
+        assert not (tmp_path / "cut.gpkg").exists() or kills < until
+    assert kills >= 2
+    subprocess.run([*resumed, "--workers", "2"], env=ENVIRONMENT, check=True)
+    assert not spool.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.gpkg", "town.tif", "whole.gpkg"]
+    assert rows(tmp_path / "cut.gpkg") == rows(tmp_path / "whole.gpkg")
+
+
+def rows(path: Path):
+    import geopandas as gpd
+
+    tables = [gpd.read_file(path, layer=layer) for layer in ("detections", "coverage")]
+    assert len(tables[0]) > 0
+    return [table.to_json() for table in tables]
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_says_how_to_go_on(tmp_path, weights):
+    town(tmp_path / "town.tif")
+    spool = tmp_path / ".out.gpkg.parts"
+    with subprocess.Popen(
+        command(tmp_path, weights, "out.gpkg", "--quiet"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list(spool.glob("*.arrow")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert told == (
+        "babelrs-geo: error: stopped, and what is done is kept: run the same with --resume, and it goes on\n"
+    )
+    assert not (tmp_path / "out.gpkg").exists() and list(spool.glob("*.arrow"))
+    refused = subprocess.run(
+        command(tmp_path, weights, "out.gpkg", "--quiet"), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert refused.returncode == 1 and "pass --resume to go on, or --overwrite" in refused.stderr
+    subprocess.run(command(tmp_path, weights, "out.gpkg", "--quiet", "--resume"), env=ENVIRONMENT, check=True)
+    assert (tmp_path / "out.gpkg").exists() and not spool.exists()
