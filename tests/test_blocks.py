@@ -19,7 +19,9 @@ from conftest import Raster, write_raster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from babelrs_geo.detections import Detections
 from babelrs_geo.errors import SceneError
+from babelrs_geo.inference import InferenceOptions, run
 from babelrs_geo.scenes import SceneOptions, open_scene, reader
 from babelrs_geo.scenes.blocks import STORE, Key, Piece, Store
 from babelrs_geo.scenes.develop import develop
@@ -236,6 +238,26 @@ def test_one_pass_gives_the_bits_of_the_radiometry(kind, dtype, scaled, seed):
     out = np.full((3, 9, 11), 7, np.float32)
     with np.errstate(invalid="ignore"):
         assert develop(radiometry, raw, valid, out).tobytes() == radiometry.apply(raw, valid).tobytes()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_batches_hold_the_tiles_whatever_is_left_out_between_them(make_raster, batch):
+    pixels = noise(200, 160)
+    pixels[:, 40:110, 60:140] = 0  # tiles without a valid pixel
+    shown = []
+
+    def record(images):
+        shown.append(images.copy())
+        return [Detections.empty(("ship",), False)] * len(images)
+
+    with open_scene(make_raster(pixels, colours=RGB, nodata=0), options=SceneOptions(collar=False)) as scene:
+        grid = Grid(200, 160, 32, 8)
+        _, coverage = run(scene, record, grid, options=InferenceOptions(batch=batch, readers=3))
+        tiles = [scene.read(tile.outer) for tile in grid]
+    seen = [tile.image for tile in tiles if tile.valid.any()]
+    assert len(seen) < len(tiles) and coverage.looked_at == len(seen)
+    told = [image for images in shown for image in images if image.any()]  # without padding
+    np.testing.assert_array_equal(told, seen)
 
 
 def test_a_scene_is_visited_without_torch(make_raster):

@@ -50,7 +50,7 @@ class ArrayScene:
     def expecting(self, windows, scale):
         return nullcontext()
 
-    def read(self, window, scale=1.0):
+    def read(self, window, scale=1.0, out=None):
         x, y, w, h = window
         with self.lock:
             self.reads.append(tuple(window))

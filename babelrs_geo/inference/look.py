@@ -51,7 +51,7 @@ class InferenceOptions:
     """Tiles computed at once; the last batch is padded with zeros to this many."""
     readers: int = 1
     """Threads that read tiles. One reader decodes each block of the file once."""
-    ahead: int = 8
+    ahead: int = 4
     """Tiles that may be read and not yet computed: the bound on memory."""
     merging: MergeOptions = field(default_factory=MergeOptions)
     """How the detections of overlapping tiles become one per object."""
@@ -169,17 +169,22 @@ class Look:
     def _read_ahead(self, pool: ThreadPoolExecutor, tiles: Iterator[Tile]) -> Iterator[_Read]:
         """The tiles with their pixels, in the order given, at most `ahead` of them read before they are asked for."""
 
-        def read(tile: Tile) -> _Read:
+        def read(tile: Tile, image: NDArray[np.float32]) -> _Read:
             try:
-                return _Read(tile, self.scene.read(tile.outer, self.scale))
+                return _Read(tile, self.scene.read(tile.outer, self.scale, image))
             except OSError as error:  # SceneError and rasterio's own: this tile is lost, not the run
                 return _Read(tile, None, " ".join(str(error).split()) or type(error).__name__)
 
         waiting: deque[Future[_Read]] = deque()
-        for tile in tiles:
+        for number, tile in enumerate(tiles):
             if len(waiting) >= self.options.ahead:
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(read, tile))
+            place = number % self.options.batch
+            if (
+                place == 0
+            ):  # tiles are read to where their batch will be, if all before them have a valid pixel
+                sheet = np.empty((self.options.batch, 3, *_input_size(self.grid)), np.float32)
+            waiting.append(pool.submit(read, tile, sheet[place]))
         while waiting:
             yield waiting.popleft().result()
 
@@ -268,10 +273,17 @@ def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
 
 
 def _batch(slots: list[_Read], size: tuple[int, int], batch: int) -> _Batch:
+    """Images side by side: where they were read to, if that is one batch, else a copy."""
+    shown = [None if read.pixels is None else read.pixels.image for read in slots]
+    sheet = None if shown[0] is None else shown[0].base
+    if sheet is not None and len(slots) == batch and sheet.shape == (batch, 3, *size):
+        placed = (one is not None and np.may_share_memory(one, sheet[n]) for n, one in enumerate(shown))
+        if all(placed):
+            return _Batch(sheet, tuple(slots))
     images = np.zeros((batch, 3, *size), np.float32)
-    for image, read in zip(images, slots, strict=False):
-        if read.pixels is not None:
-            image[:] = read.pixels.image
+    for image, one in zip(images, shown, strict=False):
+        if one is not None:
+            image[:] = one
     return _Batch(images, tuple(slots))
 
 
