@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from babelrs_geo.errors import ParameterError, SensorError
 from babelrs_geo.georef import Georef
+from babelrs_geo.scenes.acquired import acquired
 from babelrs_geo.scenes.blocks import STORE
 from babelrs_geo.scenes.collar import SMEAR, Collar, find
 from babelrs_geo.scenes.develop import develop
@@ -173,7 +173,7 @@ class Scene:
     @property
     def acquired(self) -> datetime | None:
         """When the picture was taken, UTC, None where neither metadata nor file name tells."""
-        return _acquired(dict(self._reader.facts.tags), self.name)
+        return acquired(dict(self._reader.facts.tags), self.name)
 
     @property
     def valid_share(self) -> float:
@@ -475,30 +475,3 @@ def _spread(size: int) -> list[tuple[int, int]]:
     if size <= length * _SURVEY_SIDE:
         return [(start, min(length, size - start)) for start in range(0, size, length)]
     return [(round(i * (size - length) / (_SURVEY_SIDE - 1)), length) for i in range(_SURVEY_SIDE)]
-
-
-def _sentinel1(name: str) -> str | None:
-    """The start of the acquisition in a Sentinel-1 product or measurement file name."""
-    found = re.match(r"s1[abcd][-_](?:\w{2,4}[-_]){2,4}?(\d{8}t\d{6})", name, re.IGNORECASE)
-    return found.group(1) if found else None
-
-
-def _acquired(tags: dict[str, str], name: str) -> datetime | None:
-    """The first of: a tag that says ACQUISITION, a Sentinel-1 name, EXIF's and TIFF's date. Zone-less times
-    are UTC.
-    """
-    asked = [v for k, v in tags.items() if re.search("ACQUISITION|SENSING|COLLECT", k, re.IGNORECASE)]
-    asked += [_sentinel1(name) or "", tags.get("EXIF_DateTimeOriginal", ""), tags.get("TIFFTAG_DATETIME", "")]
-    parsers: tuple[Callable[[str], datetime], ...] = (
-        datetime.fromisoformat,
-        lambda text: datetime.strptime(text, "%Y:%m:%d %H:%M:%S"),
-        lambda text: datetime.strptime(text.upper(), "%Y%m%dT%H%M%S"),
-    )
-    for text in asked:
-        for parse in parsers:
-            try:
-                when = parse(text.strip())
-            except ValueError:
-                continue
-            return when.replace(tzinfo=when.tzinfo or UTC).astimezone(UTC)
-    return None
