@@ -52,6 +52,9 @@ def map_of(footprints: Sequence[tuple[str, Ring]]) -> str:
     for state, ring in sorted(footprints, key=lambda each: -_area(each[1])):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point[:2]) for point in ring))
         colour = COLOURS.get(state, "#000")
+        x, y = np.mean([place(*point[:2]) for point in ring], axis=0)
+        # A dot, where the scene alone would be too small to be seen.
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         parts.append(
             f'<polygon points="{path}" fill="{colour}" fill-opacity=".45" stroke="{colour}" '
             f'stroke-width="1.5" stroke-linejoin="round"/>'

@@ -210,7 +210,9 @@ section{background:#fff;border:1px solid #e1e7ee;border-radius:8px;padding:16px 
 .bars th{text-align:left;font-weight:400;width:38%;padding:2px 8px 2px 0}.number{text-align:right;white-space:nowrap}
 .bars .number{width:10%;padding-right:10px}.bar span{display:block;height:11px;background:#4a7fb5;border-radius:2px}
 .list{font-size:13px;margin-top:8px}.list td,.list th{padding:3px 8px 3px 0;text-align:left;vertical-align:top;
-border-top:1px solid #e1e7ee;overflow-wrap:anywhere}.looks{display:grid;grid-template-columns:repeat(3,1fr);gap:14px}
+border-top:1px solid #e1e7ee;overflow-wrap:anywhere}.list td:nth-child(2){width:32%}
+.list td:first-child,.list th{overflow-wrap:normal;white-space:nowrap}
+.looks{display:grid;grid-template-columns:repeat(3,1fr);gap:14px}
 figure{margin:0}.look{width:100%;background:#000;border-radius:4px}figcaption{font-size:12px;overflow-wrap:anywhere}
 .box{fill:none;stroke:#ffd23f;stroke-width:1.5;vector-effect:non-scaling-stroke}pre{font-size:12px;overflow:auto}
 """
