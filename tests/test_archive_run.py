@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 
 from babelrs_geo.archive.cell import Limits
-from babelrs_geo.cluster import Workers
 from babelrs_geo.archive.ledger import DONE, DUPLICATE, FAILED, INCOMPLETE, STALE, Ledger, locked, on_network
 from babelrs_geo.archive.outputs import files_of
 from babelrs_geo.archive.run import RunOptions
 from babelrs_geo.archive.sources import Item
 from babelrs_geo.archive.work import fingerprint, fitting
+from babelrs_geo.cluster import Workers
 from babelrs_geo.errors import OutputError, ParameterError, WeightsError
 from babelrs_geo.vectors import read_result
 
