@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simple_scenes import SHIPS, bright_detector, canvas, pictures, rectangles_of
 
-from babelrs_geo import inference
 from babelrs_geo.detections import Detections
 from babelrs_geo.errors import ParameterError, SceneError
 from babelrs_geo.inference import InferenceOptions, Look, run
