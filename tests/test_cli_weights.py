@@ -183,6 +183,8 @@ def test_the_full_model_goes_from_a_published_file_to_features(
         "b.safetensors",
         "--score",
         0.1,
+        "--gsd",
+        "native",
         "--json",
         "--batch",
         1,

@@ -82,7 +82,7 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
         read_split(tmp_path, "rgb", "train", RGB)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 10_000),
     st.sampled_from(["sar", "rgb"]),
@@ -111,7 +111,8 @@ def test_boxes_stay_on_their_pixels(
     for quad in corners(boxes):
         centre = quad.mean(0)
         for corner in quad:
-            inner, outer = centre + (corner - centre) * 0.85, centre + (corner - centre) * 1.25
+            # another image may hide a hundredth of the box: a corner of it
+            inner, outer = centre + (corner - centre) * 0.8, centre + (corner - centre) * 1.25
             if (inner > 1).all() and (inner < 127).all():
                 assert crop[0, int(inner[1]), int(inner[0])] > 0.7
             if (outer > 1).all() and (outer < 127).all():

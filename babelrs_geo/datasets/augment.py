@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from babelrs_geo.boxes import areas, clip, corners, from_corners
+from babelrs_geo.boxes import areas, clip, corners, from_corners, from_xyxy, intersection_pairs
 from babelrs_geo.datasets.soi import Record
 
 
@@ -101,9 +101,9 @@ def _seen(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Boxes clipped to a part of the crop, and which of them show enough."""
     seen = clip(boxes, part)
-    keep = (areas(seen) >= options.visible * areas(boxes)) & (
-        seen[:, 2:4].max(1, initial=0) >= options.smallest
-    )
+    window = from_xyxy(np.tile(np.array([part], np.float64), (len(boxes), 1)))
+    keep = intersection_pairs(boxes, window) >= options.visible * areas(boxes) * (1 - 1e-9)
+    keep &= seen[:, 2:4].max(1, initial=0) >= options.smallest
     keep &= seen[:, 2:4].min(1, initial=np.inf) >= 1
     return seen, keep
 
