@@ -1,6 +1,7 @@
 """What a training step costs, and how much of it is spent waiting for data.
 
     python benchmarks/training.py ../shared/data/soi_mini --json runs/training.json
+    python benchmarks/training.py ../shared/data/soi_mini --set precision=32    # on a processor without bf16
 
 The recipe's phase of the smallest crops, of which most are needed a second, on a machine that does nothing else: three
 minutes on two cores. Without workers all loading is waiting, which says what it costs; with them it runs beside the
@@ -31,11 +32,10 @@ FIRST = 4  # steps that are not counted: as many as a worker prepares ahead
 AIM = 0.05
 
 
-def measure(data: Path, name: str, steps: int, workers: int) -> dict[str, float]:
+def measure(data: Path, options: argparse.Namespace, workers: int) -> dict[str, float]:
     """Mean seconds a step, images in one, and the share of the time that was spent waiting for them."""
-    recipe = read(
-        name, [f"run.workers={workers}", "run.log_every=1", "run.gradients_every=0", "run.tensorboard=false"]
-    )
+    given = [f"run.workers={workers}", "run.log_every=1", "run.gradients_every=0", "run.tensorboard=false"]
+    recipe, steps = read(options.recipe, [*given, *options.set]), options.steps
     busiest = min(recipe.phases, key=lambda p: p.views[recipe.data.sensors[0]].chosen.size)
     only = replace(busiest, steps=10**9)
     recipe = replace(recipe, phases=(only,), run=replace(recipe.run, checkpoint_minutes=60.0))
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("data", type=Path, help="folder in SOI-Det's layout, or of chips")
     parser.add_argument("--recipe", default="compact")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {}
     print("| workers | images a step | s a step | waiting for data |\n|---|---|---|---|")
     for workers in options.workers:
-        found[workers] = measure(options.data, options.recipe, options.steps, workers)
+        found[workers] = measure(options.data, options, workers)
         own = found[workers]
         print(
             f"| {workers} | {own['images_a_step']} | {own['seconds_a_step']:.3f} | {100 * own['data_wait']:.1f} % |",

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ from babelrs_geo.datasets.published import Published
 from babelrs_geo.datasets.seeding import generator
 from babelrs_geo.errors import LabelError, ParameterError, SceneError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
-from babelrs_geo.training import step_schedule
+from babelrs_geo.training import step_schedule, validation
 from babelrs_geo.training.data import Look, TrainingData
 from babelrs_geo.training.loading import Batches
 from babelrs_geo.training.recipe import Recipe, read
 from babelrs_geo.training.run import Place, Trained, build, configuration, fit
 from babelrs_geo.training.settings import from_plain, to_plain
+from babelrs_geo.training.trainer import Course, begin
 from babelrs_geo.vectors.labels import read_labels
 
 # Python 3.12 warns where a loader's workers are forked from a process with threads
@@ -248,9 +250,14 @@ def test_ended_at_random_moments_a_run_goes_on_as_if_nothing_had_happened(soi: P
 
 
 @pytest.mark.slow
-def test_two_processes_see_other_images_and_keep_equal_weights(soi: Path, tmp_path: Path) -> None:
+def test_two_processes_see_other_images_and_learn_as_one_that_takes_two_turns(
+    soi: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "two.py"
     script.write_text(_TWO)
+    plain = tiny_recipe(4)
+    first = from_plain(Recipe, {**plain, "phases": plain["phases"][:1], "processes": 2})
+    run(tmp_path / "alone", soi, first)
     here = str(Path(__file__).parent)
     subprocess.run(
         [sys.executable, str(script), here, str(soi), str(tmp_path / "run")],
@@ -261,6 +268,7 @@ def test_two_processes_see_other_images_and_keep_equal_weights(soi: Path, tmp_pa
     seen = [np.load(tmp_path / f"run/rank{rank}.npz") for rank in (0, 1)]
     for name in seen[0].files:
         assert name == "draws" or np.array_equal(seen[0][name], seen[1][name]), name
+    assert_alike(tmp_path / "run", tmp_path / "alone")
     # two steps of two processes with one image a sensor: each of the four images once
     assert sorted(np.concatenate([each["draws"] for each in seen])) == [
         100 * sensor + k for sensor in range(3) for k in range(4)
@@ -296,9 +304,67 @@ def end(self):
 
 Mixture.__getitem__, DetectorTraining.on_train_end = noted, end
 plain = tiny_recipe(4)
-recipe = from_plain(Recipe, {**plain, "phases": plain["phases"][:1]})
+recipe = from_plain(Recipe, {**plain, "phases": plain["phases"][:1], "processes": 2})
 fit(recipe, [Path(sys.argv[2])], Place(folder=folder, device="cpu", devices=2))
 """
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    """The same run but for the order of sums."""
+    first, second = final(one), final(other)
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-2, atol=1e-3, msg=name)
+    for mine, theirs in zip(rows(one), rows(other), strict=True):
+        for name in ("loss", "sar_loss", "gradient", "lr", "cosine_sar_ir"):
+            assert bool(mine[name]) == bool(theirs[name])
+            if mine[name]:
+                assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-3), name
+
+
+def test_a_process_takes_the_turns_of_those_that_it_stands_in_for(soi: Path, tmp_path: Path) -> None:
+    how = recipe(3, processes=4)
+    data = TrainingData(how, configuration(how.model), [soi])
+
+    def parts(rank: int, world: int) -> list[list[Any]]:
+        return list(Batches(lambda: data.loaders(1, rank, world)))
+
+    alone = parts(0, 1)
+    assert [len(step) for step in alone] == [4, 4]
+    for world in (2, 4):
+        for rank in range(world):
+            for mine, theirs in zip(parts(rank, world), alone, strict=True):
+                for one, other in zip(mine, theirs[rank::world], strict=True):
+                    assert one.keys() == other.keys()
+                    assert all(torch.equal(one[s]["image"], other[s]["image"]) for s in one)
+    with pytest.warns(UserWarning, match="written for 4 processes, which this run's 3 cannot share"):
+        begin(Course(**course(how, 3)), Place(folder=tmp_path, device="cpu", devices=3))
+
+
+def course(how: Recipe, world: int) -> dict[str, Any]:
+    return {
+        "name": how.name,
+        "recipe": "",
+        "steps": how.steps,
+        "precision": how.precision,
+        "processes": how.processes,
+        "turns": how.turns(world),
+        "tensorboard": False,
+    }
+
+
+def test_a_run_in_turns_that_is_stopped_goes_on_as_if_nothing_had_happened(soi: Path, tmp_path: Path) -> None:
+    """Also from a checkpoint of before, in which Lightning itself had counted the steps."""
+    how = recipe(3, processes=2, run=run_part(workers=1))
+    run(tmp_path / "whole", soi, how)
+    stopped = run(tmp_path / "two", soi, how, progress=lambda *_: signal.raise_signal(signal.SIGINT))
+    assert stopped.step == 1
+    last = tmp_path / "two" / "last.ckpt"
+    state = torch.load(last, weights_only=True)
+    for counts in state["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"].values():
+        counts.update(dict.fromkeys(counts, 0))
+    torch.save(state, last)
+    assert run(tmp_path / "two", soi, how, resume=True).step == 3
+    assert_same(tmp_path / "whole", tmp_path / "two")
 
 
 def test_the_log_has_each_sensors_losses_gradients_and_their_cosines(whole: Path) -> None:
@@ -331,6 +397,27 @@ def test_weights_are_of_the_running_mean_with_a_header_that_detect_takes(whole: 
     assert any(not torch.equal(v, state[f"model.{k}"].half()) for k, v in stored.items())
     found = model.predict(torch.rand(1, 3, 64, 64), "rgb")
     assert len(found) == 1
+
+
+def test_the_weights_of_the_best_validation_are_kept(
+    soi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, marks = validation.judge, {1: 0.1, 2: 0.3, 3: 0.2}
+
+    def marked(*args: Any, **more: Any) -> validation.Verdict:
+        verdict = judge(*args, **more)
+        assert verdict is not None
+        return replace(verdict, h_map=marks[verdict.step])
+
+    monkeypatch.setattr(validation, "judge", marked)
+    how = recipe(3, run=run_part(validate_every=1))
+    done = run(tmp_path, soi, how)
+    assert (done.best, done.best_step, done.final) == (0.3, 2, 0.2)
+    for name, step in (("best", 2), ("final", 3)):
+        header = checkpoints.read_header(tmp_path / f"{name}.safetensors")
+        assert (header.training["steps"], header.metrics["h_map"]) == (step, marks[step])
+    best, last = (load_file(tmp_path / f"{name}.safetensors") for name in ("best", "final"))
+    assert any(not torch.equal(value, last[name]) for name, value in best.items())
 
 
 def test_a_loss_that_is_no_number_stops_with_the_files(
@@ -375,12 +462,6 @@ def test_what_a_run_lacks_is_told_before_it_begins(soi: Path, tmp_path: Path) ->
     lacking = told(recipe(), [tmp_path / "half"])
     assert "nothing to learn from of sar, ir in split train" in lacking
     assert "--set data.sensors=[rgb]" in lacking
-
-
-def test_another_number_of_processes_than_the_recipe_is_for_is_told(soi: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="written for 8 processes and this run has 1"):
-        less = {**tiny_recipe()["model"], "checkpoint_gradients": True}
-        run(tmp_path, soi, recipe(2, processes=8, model=less))
 
 
 def test_a_file_that_cannot_be_read_is_told_by_name_from_a_worker_too(soi: Path, tmp_path: Path) -> None:
@@ -438,14 +519,15 @@ def test_the_published_pipeline_runs_and_draws_again_where_nothing_is_left(soi: 
     quota = {"sar": 2, "rgb": 1, "ir": 1}
     how = recipe(3, phases=[{"steps": 3, "quota": quota, "views": views}])
     data = TrainingData(how, configuration(how.model), [soi])
-    (batch, *_) = batches = list(Batches(lambda: data.loaders(0)))
+    batches = [part for (part,) in Batches(lambda: data.loaders(0))]
+    batch = batches[0]
     assert len(batches) == 3
     assert [len(batch[s]["targets"]) for s in quota] == [2, 1, 1]
     assert batch["rgb"]["image"].shape == (1, 3, 96, 96)
     (target,) = batch["ir"]["targets"]
     assert target.labels.tolist() == [data.config.labels("ir").start + 1]
     assert target.size == (75, 96)
-    later = next(iter(Batches(lambda: data.loaders(2))))
+    (later,) = next(iter(Batches(lambda: data.loaders(2))))
     assert all(torch.equal(later[s]["image"], batches[2][s]["image"]) for s in quota)
     nothing = Look(Published(size=96, smallest=1000), data.learn["rgb"].samples, 0)
     with pytest.raises(LabelError, match="show no object"):
@@ -462,8 +544,12 @@ def test_soi_det_runs_on_a_smaller_network(soi: Path, tmp_path: Path) -> None:
         view["published"]["size"] = 64
     plain["run"] |= {"workers": 0, "log_every": 1, "tensorboard": False}
     how: Recipe = from_plain(Recipe, plain)
-    with pytest.warns(UserWarning, match="written for 8 processes"):
-        run(tmp_path, soi, how)
+    data = TrainingData(how, configuration(how.model), [soi])
+    step = next(iter(Batches(lambda: data.loaders(0))))
+    assert [{s: len(own["names"]) for s, own in part.items()} for part in step] == 8 * [
+        {"sar": 2, "rgb": 1, "ir": 1}
+    ]
+    run(tmp_path, soi, how)  # alone, and with the batch of eight processes
     train = [row for row in rows(tmp_path) if row["loss"]]
     rates = [float(row["lr"]) for row in train]
     assert rates == pytest.approx([5e-5 * step_schedule(step) for step in range(2)], rel=1e-5)

@@ -25,7 +25,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 from torch import Generator, Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from torchgeo.samplers import GridGeoSampler
 
 from babelrs_geo.boxes import bounds, to_le90
@@ -34,7 +34,7 @@ from babelrs_geo.datasets.chips import ChipDataset
 from babelrs_geo.datasets.frames import FrameDataset
 from babelrs_geo.datasets.ground import GroundOptions
 from babelrs_geo.datasets.published import Published, train_sample
-from babelrs_geo.datasets.samplers import Mixture, Numbered, Queries, QuotaSampler
+from babelrs_geo.datasets.samplers import Draw, Mixture, Numbered, Queries, QuotaSampler
 from babelrs_geo.datasets.samples import Sample
 from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.datasets.seeding import generator
@@ -49,7 +49,7 @@ Target = HorizontalTarget | OrientedTarget
 Learnt = dict[str, Any]
 """`image` (3, s, s), `target`, `sensor` and `name` of one image that is learnt from."""
 Batch = dict[str, dict[str, Any]]
-"""By sensor: `image` (n, 3, s, s), `targets` and `names`."""
+"""By sensor: `image` (n, 3, s, s), `targets` and `names`. One part of a step."""
 
 _DRAWS = 100  # images tried before a batch's place is given up: then hardly one in a source has objects
 
@@ -256,6 +256,31 @@ def join(samples: Sequence[Learnt]) -> Batch:
     }
 
 
+@dataclass(frozen=True)
+class Turns(Sampler[list[Draw]]):
+    """The batches of several processes of a recipe, drawn by one that takes their turns."""
+
+    shares: Sequence[QuotaSampler]
+
+    def __len__(self) -> int:
+        return len(self.shares[0])
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for step in zip(*self.shares, strict=True):
+            yield [draw for share in step for draw in share]
+
+
+@dataclass(frozen=True)
+class Join:
+    """What is learnt from in a step as its parts of `count` images each."""
+
+    count: int
+
+    def __call__(self, samples: Sequence[Learnt]) -> list[Batch]:
+        """One after the other."""
+        return [join(samples[at : at + self.count]) for at in range(0, len(samples), self.count)]
+
+
 class TrainingData(LightningDataModule):
     """Sources to learn from and to judge on, and their batches by quota.
 
@@ -301,7 +326,7 @@ class TrainingData(LightningDataModule):
         return self.batches
 
     def loaders(self, begin: int, rank: int = 0, world: int = 1) -> Iterator[DataLoader[Any]]:
-        """Of the batches from a global step to the run's end, phase after phase."""
+        """Of the steps from a global one to the run's end, phase after phase; each is a list of `Batch`."""
         before = 0
         for phase in self.recipe.phases:
             if begin < phase.steps:
@@ -310,33 +335,40 @@ class TrainingData(LightningDataModule):
 
     def _loader(self, phase: Phase, start: int, rank: int, world: int) -> DataLoader[Any]:
         recipe, mixture = self.recipe, self.mixture(phase)
-        sampler = QuotaSampler(
-            mixture.sizes(), recipe.quota(phase), recipe.seed, start, phase.steps, rank, world
-        )
+        quota, turns = recipe.quota(phase), recipe.turns(world)
+        shares = [
+            QuotaSampler(mixture.sizes(), quota, recipe.seed, start, phase.steps, each, world * turns)
+            for each in range(rank, world * turns, world)
+        ]
         workers = recipe.run.workers
         return DataLoader(
             mixture,
-            batch_sampler=sampler,
-            collate_fn=join,
+            batch_sampler=Turns(shares),
+            collate_fn=Join(sum(quota.values())),
             num_workers=workers,
             worker_init_fn=begin_work(recipe.seed),
             generator=generator(recipe.seed, start),
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=max(1, 4 // turns) if workers else None,
             pin_memory=self.pinned,
         )
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """The batch on a device."""
-        return {
-            sensor: {
-                "image": part["image"].to(device, non_blocking=True),
-                "targets": [
-                    type(t)(t.boxes.to(device), t.labels.to(device), t.size) for t in part["targets"]
-                ],
-                "names": part["names"],
+    def transfer_batch_to_device(
+        self, batch: list[Batch], device: torch.device, dataloader_idx: int
+    ) -> list[Batch]:
+        """The parts of a step on a device."""
+        return [
+            {
+                sensor: {
+                    "image": own["image"].to(device, non_blocking=True),
+                    "targets": [
+                        type(t)(t.boxes.to(device), t.labels.to(device), t.size) for t in own["targets"]
+                    ],
+                    "names": own["names"],
+                }
+                for sensor, own in part.items()
             }
-            for sensor, part in batch.items()
-        }
+            for part in batch
+        ]
 
 
 __all__: Sequence[Any] = [

@@ -71,6 +71,8 @@ class Keeper(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The clock starts; listen for requests to stop."""
+        assert isinstance(pl_module, Measured) and self.drawn.batches is not None
+        pl_module.start_clock(self.drawn.batches)
         self._saved = self._clock = time.monotonic()
         self._machine = machine(trainer)
         if threading.current_thread() is threading.main_thread():

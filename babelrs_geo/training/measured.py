@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -56,17 +58,20 @@ class Tally:
 
 
 class Measured(LightningModule):
-    """A module whose steps are tallied, for rows of the log."""
+    """A module whose steps are tallied, for rows of the log. A batch is all that one step of the optimizer learns
+    from: a list of parts, whose gradients are computed one after the other.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.automatic_optimization = False  # a step is whole: it is never stopped between its parts
         self.tally = Tally()
         self._marked = time.perf_counter()
         self._waited = 0.0
 
-    def on_train_start(self) -> None:
-        """The clock starts."""
-        self._marked = time.perf_counter()
+    def start_clock(self, batches: Batches) -> None:
+        """Count from here: the first batches are drawn before training starts."""
+        self._marked, self._waited = time.perf_counter(), batches.waited
 
     def row(self, steps: int, batches: Batches) -> dict[str, float]:
         """Means since the last row, the seconds a step and the share of them that was spent waiting for data.
@@ -82,6 +87,19 @@ class Measured(LightningModule):
     def skip_clock(self, seconds: float) -> None:
         """Leave out time that was not spent training."""
         self._marked += seconds
+
+    @contextmanager
+    def joined_up(self, last: bool) -> Iterator[None]:
+        """Processes exchange gradients after the last part of a step only."""
+        model: Any = self.get_submodule("model")
+        strategy = self.trainer.strategy
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(last)
+        if isinstance(strategy, DDPStrategy) and not last:
+            with strategy.block_backward_sync():
+                yield
+        else:
+            yield
 
     def clipped(self, parameters: Iterable[Tensor], most: float, *, refused: bool = True) -> None:
         """Clip the total norm of the gradient, and tally what it was. With `refused`, TrainingError if no number."""

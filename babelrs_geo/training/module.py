@@ -56,13 +56,28 @@ class DetectorTraining(Measured):
                 group["lr"] = base * schedule(step, phase)
         return max(group["lr"] for group in optimizer.param_groups)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch: the sum over the sensors."""
-        step, every = self.global_step, self.recipe.run.gradients_every
-        torch.manual_seed(number(self.recipe.seed, step, self.global_rank))
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, Optimizer)
+    def training_step(self, batch: list[Batch], batch_idx: int) -> None:
+        """One step of the optimizer, from the gradients of all parts of a batch."""
+        step, world = self.global_step, self.trainer.world_size
+        optimizer: Any = self.optimizers()
         rate = self.set_rates(optimizer, step)
+        for turn, part in enumerate(batch):
+            # as the process would draw whose images these are, were there as many as the recipe is written for
+            torch.manual_seed(number(self.recipe.seed, step, self.global_rank + turn * world))
+            with self.joined_up(turn == len(batch) - 1):
+                self._learn(part, len(batch))
+        self.tally.add({"lr": rate})
+        optimizer.step()
+        optimizer.zero_grad()
+        if self.mean is not None:
+            decay = min(self.recipe.phase(step).mean_decay, (step + 1) / (step + 11))
+            with torch.no_grad():
+                for kept, new in zip(self.mean.parameters(), self.model.parameters(), strict=True):
+                    kept.lerp_(new.detach(), 1 - decay)
+
+    def _learn(self, batch: Batch, count: int) -> None:
+        """Gradients of one of so many parts, added to those that there are; the loss is the sum over the sensors."""
+        step, every = self.global_step, self.recipe.run.gradients_every
         losses = self.model.losses({s: (part["image"], part["targets"]) for s, part in batch.items()})
         total = torch.stack(list(losses.values())).sum()
         sensors = {s: sum_of(losses, s) for s in batch}
@@ -74,10 +89,10 @@ class DetectorTraining(Measured):
                 f"step {step}: the loss is {float(total.detach()):g}, by sensor and files {told}; look at these "
                 "files, or lower the learning rate and go on from the last checkpoint"
             )
-        self.tally.add(losses | {f"{s}_loss": v for s, v in sensors.items()} | {"loss": total, "lr": rate})
+        self.tally.add(losses | {f"{s}_loss": v for s, v in sensors.items()} | {"loss": total})
         if every and step % every == 0:
             self.tally.add(self.compare_gradients(sensors))
-        return total
+        self.manual_backward(total / count)
 
     def compare_gradients(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """Norm of each sensor's gradient over the backbone and the neck, and the cosine between each two.
@@ -98,24 +113,16 @@ class DetectorTraining(Measured):
             told[f"cosine_{one}_{other}"] = float(cosine)
         return told
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the total norm; in half precision a step whose norm is no number is left out."""
         self.clipped(self.model.parameters(), self.recipe.clip, refused=self.recipe.precision != "16")
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The step, and the running mean's after it: checkpoints find both done."""
-        super().optimizer_step(*args, **kwargs)
-        if self.mean is not None:
-            done = self.global_step + 1
-            decay = min(self.recipe.phase(done - 1).mean_decay, done / (done + 10))
-            with torch.no_grad():
-                for kept, new in zip(self.mean.parameters(), self.model.parameters(), strict=True):
-                    kept.lerp_(new.detach(), 1 - decay)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also checkpoints of before, whose steps Lightning itself had counted."""
+        super().on_load_checkpoint(checkpoint)
+        loop = checkpoint["loops"]["fit_loop"]
+        for counts in loop["epoch_loop.manual_optimization.optim_step_progress"].values():
+            counts.update(dict.fromkeys(counts, checkpoint["global_step"]))
 
 
 def sum_of(losses: Mapping[str, Tensor], sensor: str) -> Tensor:

@@ -123,12 +123,18 @@ class Recipe:
     """Greatest total norm of the gradient."""
     precision: Literal["32", "bf16", "16"] = "32"
     processes: int | None = None
-    """For how many processes the quotas are meant; any if None."""
+    """How many processes' images a step learns from: fewer processes take several turns each. As many as there are if
+    None.
+    """
     seed: int = 0
     header: HeaderPart = field(default_factory=HeaderPart)
     run: RunPart = field(default_factory=RunPart)
 
     def __post_init__(self) -> None:
+        if self.processes is not None and self.processes < 1:
+            raise ParameterError(
+                f"processes is {self.processes}; give 1 or more, or null for as many as there are"
+            )
         if not self.phases:
             raise ParameterError(f"recipe {self.name} has no phases; give at least one")
         if (self.layer_decay is None) != (self.schedule is None):
@@ -179,6 +185,13 @@ class Recipe:
     def phase(self, step: int) -> Phase:
         """The phase that a global step is in."""
         return next(p for p in self.phases if step < p.steps)
+
+    def turns(self, world: int) -> int:
+        """Parts of a step that each of `world` processes computes one after the other, so that together they see what
+        as many as the recipe is written for would; 1 where they cannot share it evenly.
+        """
+        meant = self.processes or world
+        return 1 if meant % world else meant // world
 
     def quota(self, phase: Phase) -> dict[str, int]:
         """Images of each sensor in a batch, in the order of `data.sensors`."""

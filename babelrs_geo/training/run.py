@@ -109,6 +109,7 @@ def fit(recipe: Recipe, data: Sequence[Path], place: Place) -> Trained:
         steps=recipe.steps,
         precision=recipe.precision,
         processes=recipe.processes,
+        turns=recipe.turns(place.devices * place.nodes),
         tensorboard=recipe.run.tensorboard,
         unused=len(recipe.data.sensors) < 3,
     )

@@ -59,6 +59,8 @@ class Course:
     processes: int | None
     """For how many the recipe is written; any if None."""
     tensorboard: bool
+    turns: int = 1
+    """Parts of a step that each process computes."""
     strategy: Strategy = "ddp"
     unused: bool = False
     """Some parameters that train get no gradient."""
@@ -71,10 +73,11 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
     be written.
     """
     first, world = getattr(rank_zero_only, "rank", 0) == 0, place.devices * place.nodes
-    if course.processes not in (None, world) and first:
+    shares = world * course.turns
+    if course.processes not in (None, shares) and first:
         warnings.warn(
-            f"recipe {course.name} is written for {course.processes} processes and this run has {world}: a step sees "
-            "fewer or more images than it is tuned for",
+            f"recipe {course.name} is written for {course.processes} processes, which this run's {world} cannot share: "
+            "a step sees fewer or more images than it is tuned for; take a number that divides them",
             stacklevel=3,
         )
     last = place.folder / LAST
@@ -102,10 +105,10 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
             f"{' and more' if odd[3:] else ''}; go on with its own (--config {place.folder / RECIPE}), or choose "
             "another folder"
         )
-    if state["world"] != world and first:
+    if state["world"] != shares and first:
         warnings.warn(
-            f"the run in {place.folder} began with {state['world']} processes and goes on with {world}: it will not "
-            "be the run it would have been",
+            f"the run in {place.folder} began with the images of {state['world']} processes a step and goes on with "
+            f"those of {shares}: it will not be the run it would have been",
             stacklevel=3,
         )
     return state
@@ -114,14 +117,14 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
 class _About(Callback):
     """Puts into each checkpoint what run it is of."""
 
-    def __init__(self, recipe: str) -> None:
-        self.recipe = recipe
+    def __init__(self, course: Course) -> None:
+        self.course = course
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The recipe and the number of processes."""
-        checkpoint["recipe"], checkpoint["world"] = self.recipe, trainer.world_size
+        """The recipe, and how many processes' images a step has."""
+        checkpoint["recipe"], checkpoint["world"] = self.course.recipe, trainer.world_size * self.course.turns
 
 
 def train(
@@ -173,7 +176,7 @@ def _trainer(course: Course, place: Place, keeper: Keeper, start: int) -> Traine
         max_steps=course.steps,
         max_epochs=-1,
         logger=loggers,
-        callbacks=[keeper, _About(course.recipe)],
+        callbacks=[keeper, _About(course)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

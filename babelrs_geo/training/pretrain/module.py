@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,11 +25,10 @@ _TEXT = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 class PivotTraining(Measured):
-    """A pivot that is trained as a recipe says. A batch is all that one step of the optimizer learns from."""
+    """A pivot that is trained as a recipe says."""
 
     def __init__(self, model: PivotModel, recipe: PretrainRecipe, image_token: int) -> None:
         super().__init__()
-        self.automatic_optimization = False  # a step is whole: it is never stopped between its micro-batches
         self.model, self.recipe, self.image_token = model, recipe, image_token
 
     def configure_model(self) -> None:
@@ -93,7 +91,7 @@ class PivotTraining(Measured):
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
         for place, micro in enumerate(batch):
-            with self._joined_up(place == len(batch) - 1):
+            with self.joined_up(place == len(batch) - 1):
                 self._learn(micro, len(batch))
         if every and step % every == 0:
             self.tally.add(self.gradients())
@@ -125,19 +123,6 @@ class PivotTraining(Measured):
         for sensor, task, loss in zip(micro["sensors"], micro["tasks"], out.losses, strict=True):
             kinds = [sensor, task, f"{sensor}_{task}" if sensor and task else None]
             self.tally.add({f"{kind}_loss": loss for kind in kinds if kind})
-
-    @contextmanager
-    def _joined_up(self, last: bool) -> Iterator[None]:
-        """Processes exchange gradients after the last micro-batch only."""
-        model: Any = self.model
-        strategy = self.trainer.strategy
-        if hasattr(model, "set_requires_gradient_sync"):
-            model.set_requires_gradient_sync(last)
-        if isinstance(strategy, DDPStrategy) and not last:
-            with strategy.block_backward_sync():
-                yield
-        else:
-            yield
 
     def gradients(self) -> dict[str, Tensor]:
         """Norms of the gradient, before it is clipped: of each block of the encoder, and of the other parts."""
