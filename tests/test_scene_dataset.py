@@ -10,6 +10,7 @@ from pathlib import Path
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyproj
 import pytest
 import shapely
 import torch
@@ -20,6 +21,13 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, from_origin
 from test_georef import made_up_rpc
 from torch.utils.data import DataLoader
+from torchgeo.datasets import (
+    random_bbox_assignment,
+    random_bbox_splitting,
+    random_grid_cell_assignment,
+    roi_split,
+    time_series_split,
+)
 from torchgeo.samplers import GridGeoSampler, PreChippedGeoSampler, RandomBatchGeoSampler, RandomGeoSampler
 
 from babelrs_geo import open_scene
@@ -140,6 +148,55 @@ def test_region_and_time_of_interest(make_raster):
     queries = list(GridGeoSampler(dataset, 32, roi=roi, toi=toi))
     assert len(queries) == 1
     same(dataset[queries[0]], open_scene(paths[1], "sar"), (20, 8, 32, 32))
+
+
+def halves(dataset):
+    left, bottom, right, top = dataset.index.total_bounds
+    return [
+        shapely.box(left, bottom, (left + right) / 2, top),
+        shapely.box((left + right) / 2, bottom, right, top),
+    ]
+
+
+SPLITTERS = {
+    "pictures": lambda d, g: random_bbox_assignment(d, [0.5, 0.5], g),
+    "parts": lambda d, g: random_bbox_splitting(d, [0.6, 0.4], g),
+    "cells": lambda d, g: random_grid_cell_assignment(d, [0.5, 0.5], 3, g),
+    "regions": lambda d, g: roi_split(d, halves(d)),
+    "times": lambda d, g: time_series_split(d, [0.5, 0.5]),
+}
+
+
+@pytest.mark.parametrize("how", SPLITTERS)
+@pytest.mark.parametrize("mapped", [True, False])
+def test_torchgeos_splitters_run_unmodified(make_raster, how, mapped):
+    """Each window is the scene's own, and no ground is in two splits, in another CRS neither."""
+    paths = []
+    for i in range(4):
+        place = (
+            {"transform": NORTH_UP @ Affine.translation(200 * i, 0)}
+            if mapped
+            else {"crs": None, "transform": None}
+        )
+        tags = {"ACQUISITION_TIME": f"2021-05-0{i + 1}T10:00:00Z"}
+        paths.append(make_raster(noise(72, 96), f"s{i}", tags=tags, **place))
+    scenes = {path.name: open_scene(path, "sar") for path in paths}
+    dataset = SceneDataset(paths, "sar")
+    splits = SPLITTERS[how](dataset, torch.Generator().manual_seed(1))
+    for part in splits:
+        assert part.crs == dataset.crs and len(part)
+        for query in GridGeoSampler(part, 24, 24):
+            sample = part[query]
+            same(sample, scenes[sample["name"]], sample["window"])
+            left, top = sample["transform"] @ (0, 0)
+            assert (left, top) == pytest.approx((query[0].start, query[1].stop), abs=0.51 * dataset.res[0])
+        assert sorted({part[i]["name"] for i in range(len(part))}) == sorted(set(part.index["name"]))
+        if mapped:
+            part.crs = pyproj.CRS("EPSG:32612")
+    first, second = (shapely.union_all(part.index.geometry.to_numpy()) for part in splits)
+    assert first.intersection(second).area < 1e-3 * min(first.area, second.area)
+    if how == "times":
+        assert [list(part.index["name"]) for part in splits] == [["s0.tif", "s1.tif"], ["s2.tif", "s3.tif"]]
 
 
 @pytest.mark.parametrize("dated", [True, False])

@@ -130,8 +130,16 @@ class GroundDataset(Combining):
                 raise GeorefError(f"{mapped[False]} has no georeference: its pixels have no place in a CRS")
             crs = asked
         shapes = self._footprints(crs)
+        corner = shapely.bounds(shapes)[:, [0, 3]]
+        self._index: gpd.GeoDataFrame | None = None
         self.index = gpd.GeoDataFrame(
-            {"name": [p.name for p in pictures], "picture": np.arange(len(pictures)), "whole": True},
+            {
+                "name": [p.name for p in pictures],
+                "picture": np.arange(len(pictures)),
+                "whole": True,
+                "left": corner[:, 0],
+                "top": corner[:, 1],
+            },
             geometry=shapes,
             index=intervals(*moments([p.acquired for p in pictures]), [s.bounds for s in shapes]),
             crs=crs,
@@ -150,6 +158,31 @@ class GroundDataset(Combining):
         raise NotImplementedError
 
     # TorchGeo's contract.
+
+    @property
+    def index(self) -> gpd.GeoDataFrame:
+        """A row a picture, or a part of one that TorchGeo's splitters made: what it is, its ground and its time.
+
+        `left` and `top` say where a picture without georeference is laid out; a part of it begins elsewhere.
+        """
+        assert self._index is not None
+        return self._index
+
+    @index.setter
+    def index(self, new: gpd.GeoDataFrame) -> None:
+        """Take another index. What `torchgeo.datasets.random_grid_cell_assignment` loses is put back: the names of
+        the columns, of which it makes numbers, and the CRS.
+        """
+        old = self._index
+        if old is not None:
+            if "picture" not in new:
+                kept = [c for c in new.columns if c != "geometry"]
+                values = new[kept].set_axis(old.columns[: len(kept)], axis=1).drop(columns="geometry")
+                values = values.astype({c: old[c].dtype for c in values})
+                new = gpd.GeoDataFrame(values, geometry=new.geometry.to_numpy(), crs=old.crs)
+            if new.crs is None:
+                new = new.set_crs(old.crs)
+        self._index = new
 
     def __getitem__(self, query: Any) -> Sample:
         """The sample at a query: `(x, y, time)` slices in units of `crs`, or a row's number."""
@@ -183,11 +216,11 @@ class GroundDataset(Combining):
                 f"the images of {self.sensor} and those they are combined with do not both have a georeference; "
                 "combine mapped images with mapped ones"
             )
-        index = self.index.copy()
-        whole = index["whole"].to_numpy(bool)
-        shapes = index.geometry.to_crs(new_crs).to_numpy()
-        own = np.array(self._footprints(new_crs), object)[index["picture"].to_numpy()]
-        shapes = np.where(whole, own, shapes)
+        index, number = self.index.copy(), self.index["picture"].to_numpy()
+        before, own = (np.array(self._footprints(crs), object)[number] for crs in (self.crs, new_crs))
+        # TorchGeo's splitters leave parts of pictures, which stay parts
+        index["whole"] &= shapely.equals_exact(index.geometry.to_numpy(), before, min(self.res) * 1e-3)
+        shapes = np.where(index["whole"], own, index.geometry.to_crs(new_crs).to_numpy())
         self.index = gpd.GeoDataFrame(index.drop(columns="geometry"), geometry=shapes, crs=new_crs)
         self._cache = {}
 
@@ -224,12 +257,15 @@ class GroundDataset(Combining):
         """A copy that indexes `rows` of this one; the pictures and the open files are shared."""
         index = self.index.iloc[rows].copy()
         if shapes is not None:
+            if self.crs == PIXELS:  # laid out elsewhere
+                moved = shapely.bounds(shapes)[:, [0, 3]] - index.geometry.bounds[["minx", "maxy"]].to_numpy()
+                index[["left", "top"]] += moved
             index["geometry"] = gpd.array.from_shapely(shapes, crs=self.crs)
         if times is not None:
             index.index = times
         index["whole"] &= whole
         made = copy.copy(self)
-        made.index, made._cache = index, {}
+        made._index, made._cache = index, {}
         return made
 
     # From a query to a window.
@@ -335,7 +371,7 @@ class GroundDataset(Combining):
         """A place in the dataset's CRS to pixels of a picture."""
         picture = self.pictures[number]
         if not picture.mapped:
-            left, _, _, top = self.index.geometry.iloc[row].bounds
+            left, top = self._corner(row)
             return x - left, top - y
         x, y = _moved(self.crs, picture.crs, x, y)
         px, py = picture.georef.to_pixel(x, y)
@@ -346,8 +382,13 @@ class GroundDataset(Combining):
         picture = self.pictures[number]
         if picture.mapped:
             return np.array(footprint(picture, width, height, self.crs).bounds)
-        left, _, _, top = self.index.geometry.iloc[row].bounds
+        left, top = self._corner(row)
         return np.array([left, top - height, left + width, top])
+
+    def _corner(self, row: int) -> tuple[float, float]:
+        """Where a picture without georeference begins in `PIXELS`."""
+        index = self.index
+        return float(index["left"].iloc[row]), float(index["top"].iloc[row])
 
     def _footprints(self, crs: pyproj.CRS) -> list[Any]:
         """Of every picture, padded; those without georeference side by side, as far apart as the largest."""
@@ -378,7 +419,7 @@ class GroundDataset(Combining):
         rows, columns = scene.shape_at(scale)
         move = Affine.scale(picture.width / columns, picture.height / rows) @ Affine.translation(*window[:2])
         if not picture.mapped:
-            left, _, _, top = self.index.geometry.iloc[row].bounds
+            left, top = self._corner(row)
             return Affine(1.0, 0.0, left, 0.0, -1.0, top) @ move
         if picture.georef.affine is None or picture.crs != self.crs:
             return None

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 ALWAYS = (pd.Timestamp("1678-01-01"), pd.Timestamp("2262-01-01"))
 """The interval of a picture whose time is unknown: all that nanoseconds can count."""
 
+_MOMENT = 2  # microseconds that a picture takes: of an interval without length TorchGeo's splits leave less than none
+
 Micro = NDArray[np.int64]
 
 
@@ -25,12 +27,12 @@ def microseconds(when: Any) -> int:
 
 
 def moments(acquired: Sequence[datetime | None]) -> tuple[Micro, Micro]:
-    """First and last microsecond (N,) of pictures taken at these times; None is `ALWAYS`."""
+    """First and last microsecond (N,) of pictures begun at these times; None is `ALWAYS`."""
     known = [None if when is None or pd.isna(when) else microseconds(when) for when in acquired]
     low, high = (microseconds(when) for when in ALWAYS)
     return (
         np.array([low if m is None else m for m in known], np.int64),
-        np.array([high if m is None else m for m in known], np.int64),
+        np.array([high if m is None else m + _MOMENT for m in known], np.int64),
     )
 
 
