@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from babelrs_geo.errors import ParameterError
+
+CUTTING = ("babelrs_geo.chips.cut", "dask.multiprocessing")
+"""What those who cut chips import."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,43 @@ class Workers:
     def alone(self) -> bool:
         """Whether there is nobody but this process."""
         return self.scheduler is None and self.processes == 1
+
+    def prepare(self, modules: Sequence[str]) -> None:
+        """Where several processes of this machine will work: start the one that `pool` forks them from, which imports
+        `modules` for all of them while the caller does something else.
+        """
+        if self.scheduler is None and self.processes > 1:
+            from multiprocessing import forkserver
+
+            multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+            forkserver.ensure_running()
+
+
+@contextmanager
+def pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of this machine, for `dask.multiprocessing.get`: sooner there than a cluster is. What they have in hand
+    when the block ends, they end; they do not outlive this process.
+    """
+    workers = ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("forkserver"), initializer=_begin
+    )
+    try:
+        yield workers
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """An interrupt from the terminal reaches all and is the parent's to answer; who is killed tells nobody."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

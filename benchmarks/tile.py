@@ -1,14 +1,17 @@
 """Tiling, timed: `python benchmarks/tile.py FOLDER` (a 20,000 x 20,000 three-band COG; `--side 4000` for a quick look).
 
+The scene and its halves are made first and kept; `--prepare` makes them and measures nothing.
+
 Every figure is measured in this run, on this machine, which should do nothing else:
 
 * *floor*: every block of the COG read once, in order, plus the pixels that the chips hold written once, by the same
-  compression, into GeoTIFFs of the blocks' own size; one process;
+  compression, into GeoTIFFs of the blocks' own size; one process. Files are in the system's memory before anything is
+  timed; each figure is the best of `--rounds`, which come in turn;
 * *tile*: `babelrs-geo tile` with one process, start of the interpreter included, and its ratio to the floor;
-* *memory*: the largest resident set of that process, read from the kernel, which counts what its parent held when it
-  was started: so the scene is made by a process of its own;
-* *two workers*: pixels a second of one run with two workers, over the sum of two runs that each tile half of the scene
-  alone, side by side: of whole runs, and of what lies between the first chip and the last, without the start.
+* *memory*: the largest resident set of any process of a run, read from the kernel, which counts what its parent held
+  when it was started: so the scene is made by a process of its own;
+* *two workers*: scenes a second of one run with two workers, over the sum of two runs that each tile half of the scene
+  alone, side by side; whole runs, from start to end.
 
 `blocks read` counts the windows that tiling asks for, in blocks of the file, over the blocks there are.
 """
@@ -16,13 +19,16 @@ Every figure is measured in this run, on this machine, which should do nothing e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +99,20 @@ def cut_half(source: Path, path: Path, top: int, rows: int) -> None:
     _finish(_plain(path), path)
 
 
+def prepare(folder: Path, side: int) -> tuple[Path, list[Path]]:
+    """The scene and its halves, made where they are not there; by a process that ends, for the sake of *memory*."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cog, halves = folder / "scene.tif", [folder / "upper.tif", folder / "lower.tif"]
+    made: list[tuple[Path, Callable[..., None], tuple[object, ...]]] = [(cog, make_cog, (cog, side, side))]
+    made += [(half, cut_half, (cog, half, n * (side // 2), side // 2)) for n, half in enumerate(halves)]
+    for path, make, given in made:
+        if not path.exists():
+            maker = multiprocessing.get_context("spawn").Process(target=make, args=given)
+            maker.start()
+            maker.join()
+    return cog, halves
+
+
 def floor(source: Path, folder: Path, pixels: int) -> tuple[float, float]:
     """Seconds to read every block once, and to write `pixels` pixels once."""
     folder.mkdir()
@@ -122,26 +142,38 @@ def tile(sources: list[Path], out: Path, options: argparse.Namespace, workers: i
 
 
 def timed(commands: list[list[str]]) -> tuple[list[float], float, float]:
-    """Seconds of each command, all at once, the largest resident set of any in MiB, and processor seconds of all."""
+    """Seconds of each command, all at once, the largest resident set of any process in MiB, and processor seconds of
+    those that were started, without their children.
+    """
     start = time.perf_counter()
     pids = {os.posix_spawn(c[0], c, dict(os.environ)): n for n, c in enumerate(commands)}
-    seconds, largest, busy = [0.0] * len(commands), 0.0, 0.0
+    seconds, largest, busy, ended = [0.0] * len(commands), [0.0], 0.0, threading.Event()
+    watcher = threading.Thread(target=watch, args=(list(pids), largest, ended))
+    watcher.start()
     for _ in commands:
         pid, status, usage = os.wait4(-1, 0)
+        seconds[pids[pid]] = time.perf_counter() - start
         if status:
             raise SystemExit(f"a run ended with status {status}: {' '.join(commands[pids[pid]])}")
-        seconds[pids[pid]] = time.perf_counter() - start
-        largest = max(largest, usage.ru_maxrss / 1024)
+        largest[0] = max(largest[0], usage.ru_maxrss / 1024)
         busy += usage.ru_utime + usage.ru_stime
-    return seconds, largest, busy
+    ended.set()
+    watcher.join()
+    return seconds, largest[0], busy
 
 
-def rate(chips: Path) -> float:
-    """Pixels a second from the moment the first chip was there until the last one was."""
-    index = read_index(chips)
-    written = np.array([(chips / path).stat().st_mtime for path in index["path"]])
-    pixels = (index["width"] * index["height"]).to_numpy()
-    return float((pixels.sum() - pixels[written.argmin()]) / np.ptp(written))
+def watch(pids: list[int], largest: list[float], ended: threading.Event) -> None:
+    """The largest resident set of these processes and all that they start, as the kernel remembers it, in MiB."""
+    while not ended.wait(0.5):
+        left = list(pids)
+        while left:
+            place = Path(f"/proc/{left.pop()}")
+            with contextlib.suppress(OSError, StopIteration):  # it has ended
+                lines = (place / "status").read_text().splitlines()
+                peak = next(line for line in lines if line.startswith("VmHWM"))
+                largest[0] = max(largest[0], int(peak.split()[1]) / 1024)
+                for path in (place / "task").glob("*/children"):
+                    left += map(int, path.read_text().split())
 
 
 def blocks_read(source: Path, out: Path, options: argparse.Namespace) -> float:
@@ -167,6 +199,22 @@ def blocks_read(source: Path, out: Path, options: argparse.Namespace) -> float:
         return asked / (-(-scene.height // down) * -(-scene.width // across))
 
 
+def measure(cog: Path, halves: list[Path], folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """One round of all that is timed. Leaves the chips of the last one."""
+    for made in folder.iterdir():
+        shutil.rmtree(made)
+    (alone,), memory, busy = timed([tile([cog], folder / "one", options, 1)])
+    index = read_index(folder / "one")
+    before = time.process_time()
+    read, write = floor(cog, folder / "floor", int((index["width"] * index["height"]).sum()))
+    least = time.process_time() - before
+    (together,), shared, _ = timed([tile([cog], folder / "two", options, 2)])
+    apart, _, _ = timed([tile([half], folder / half.stem, options, 1) for half in halves])
+    found = {"tile s": alone, "busy s": busy, "read s": read, "write s": write, "least s": least}
+    found |= {"together s": together, "upper s": apart[0], "lower s": apart[1]}
+    return found | {"memory": memory, "shared": shared}
+
+
 def main() -> None:
     """Make the scene, measure, print the table, and write it where asked."""
     parser = argparse.ArgumentParser(
@@ -175,53 +223,50 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="an empty or new folder with room for five times the scene")
     parser.add_argument("--side", type=int, default=20_000, help="pixels a side of the scene")
     parser.add_argument("--size", type=int, default=800, help="pixels a side of a chip; a quarter overlaps")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prepare", action="store_true", help="make the scene and its halves, and end")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
-    folder, side = options.folder, options.side
-    folder.mkdir(parents=True, exist_ok=True)
-    cog, halves = folder / "scene.tif", [folder / "upper.tif", folder / "lower.tif"]
-    if not cog.exists():
-        maker = multiprocessing.get_context("spawn").Process(target=make_cog, args=(cog, side, side))
-        maker.start()
-        maker.join()
+    side = options.side
+    cog, halves = prepare(options.folder, side)
+    if options.prepare:
+        return
+    folder = options.folder / "out"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     subprocess.run(
-        [sys.executable, "-m", "babelrs_geo", "info", str(cog)], stdout=subprocess.DEVNULL, check=False
-    )
-    (alone,), memory, busy = timed([tile([cog], folder / "one", options, 1)])
+        [sys.executable, "-c", "import babelrs_geo.chips, distributed"], check=True
+    )  # from the disk
+    rounds = [measure(cog, halves, folder, options) for _ in range(options.rounds)]
+    best = {name: min(each[name] for each in rounds) for name in rounds[0]}
     index = read_index(folder / "one")
-    pixels = int((index["width"] * index["height"]).sum())
-    shutil.rmtree(folder / "one")
-    before = time.process_time()
-    read, write = floor(cog, folder / "floor", pixels)
-    least = time.process_time() - before
-    (together,), _, _ = timed([tile([cog], folder / "two", options, 2)])
-    steady = rate(folder / "two")
-    shutil.rmtree(folder / "two")
-    for n, half in enumerate(halves):
-        cut_half(cog, half, n * (side // 2), side // 2)
-    apart, _, _ = timed([tile([half], folder / half.stem, options, 1) for half in halves])
+    least = best["read s"] + best["write s"]
+    apart = [best["upper s"], best["lower s"]]
     figures: dict[str, float | int | str] = {
         "scene": f"{side} x {side} x 3",
         "chips": len(index),
-        "pixels of chips / scene": round(pixels / side**2, 2),
-        "read s": round(read, 2),
-        "write s": round(write, 2),
-        "tile s": round(alone, 2),
-        "tile / floor": round(alone / (read + write), 3),
-        "tile / floor, processor seconds": round(busy / least, 3),
-        "tile / floor, two workers": round(together / (read + write), 3),
-        "memory MiB": round(memory),
-        "two workers s": round(together, 2),
+        "pixels of chips / scene": round(float((index["width"] * index["height"]).sum()) / side**2, 2),
+        "read s": round(best["read s"], 2),
+        "write s": round(best["write s"], 2),
+        "tile s": round(best["tile s"], 2),
+        "tile / floor": round(best["tile s"] / least, 3),
+        "tile / floor, each round": ", ".join(
+            f"{each['tile s'] / (each['read s'] + each['write s']):.3f}" for each in rounds
+        ),
+        "tile / floor, processor seconds": round(best["busy s"] / best["least s"], 3),
+        "tile / floor, two workers": round(best["together s"] / least, 3),
+        "memory MiB": round(max(each["memory"] for each in rounds)),
+        "memory MiB, two workers": round(max(each["shared"] for each in rounds)),
+        "two workers s": round(best["together s"], 2),
         "halves s": " and ".join(f"{s:.2f}" for s in apart),
-        "two workers / two halves": round((1 / together) / sum(0.5 / s for s in apart), 3),
-        "two workers / two halves, start excluded": round(
-            steady / sum(rate(folder / half.stem) for half in halves), 3
+        "two workers / two halves": round((1 / best["together s"]) / sum(0.5 / s for s in apart), 3),
+        "two workers / two halves, each round": ", ".join(
+            f"{(1 / each['together s']) / sum(0.5 / each[k] for k in ('upper s', 'lower s')):.3f}"
+            for each in rounds
         ),
         "blocks read": blocks_read(cog, folder / "count", options),
     }
-    for half in halves:
-        shutil.rmtree(folder / half.stem)
-        half.unlink()
+    shutil.rmtree(folder)
     print("| figure | value |\n|---|---|")
     for name, value in figures.items():
         print(f"| {name} | {value} |")

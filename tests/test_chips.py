@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +21,7 @@ from conftest import NORTH_UP, UTM, Raster, write_raster
 from distributed import LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kills import end_at_random
+from kills import children, end_at_random
 from rasterio.control import GroundControlPoint
 from test_georef import made_up_rpc, slant_gcps
 
@@ -437,6 +439,35 @@ def test_chips_are_the_same_whoever_works_and_a_whole_run_does_nothing(tmp_path)
             cut_chips([scene], tmp_path, [labels], options)
         with pytest.raises(ParameterError, match="given twice"):
             cut_chips([scene, scene], tmp_path / "four")
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+def test_a_process_that_is_lost_costs_nothing_twice(tmp_path, lost):
+    path = write_raster(
+        tmp_path / "scene",
+        Raster(speckle(1100, 1100), creation={"tiled": True, "blockxsize": 128, "blockysize": 128}),
+    )
+    options = ChipOptions(size=128, overlap=32, block=1, split=(1, 0, 0))
+    left = [lost]
+
+    def kill(done: int, total: int) -> None:
+        if left[0] and done:
+            for server in children(os.getpid()):
+                if b"forkserver" in Path(f"/proc/{server}/cmdline").read_bytes():
+                    for worker in children(server):
+                        os.kill(worker, signal.SIGKILL)
+            left[0] -= 1
+
+    with open_scene(path, "sar", SceneOptions(collar=False)) as scene:
+        cut_chips([scene], tmp_path / "one", options=options)
+        if lost == 3:
+            with pytest.raises(OutputError, match="3 times a process that cuts chips was lost"):
+                cut_chips(
+                    [scene], tmp_path / "two", options=options, workers=Workers(processes=2), progress=kill
+                )
+        cut_chips([scene], tmp_path / "two", options=options, workers=Workers(processes=2), progress=kill)
+    assert left == [0]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 @pytest.mark.slow

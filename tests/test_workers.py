@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -274,3 +275,38 @@ def test_told_to_stop_it_says_how_to_go_on(tmp_path, weights):
     assert refused.returncode == 1 and "pass --resume to go on, or --overwrite" in refused.stderr
     subprocess.run(command(tmp_path, weights, "out.gpkg", "--quiet", "--resume"), env=ENVIRONMENT, check=True)
     assert (tmp_path / "out.gpkg").exists() and not spool.exists()
+
+
+_SLEEPERS = """
+import os, time
+from babelrs_geo.cluster import pool
+
+if __name__ == "__main__":
+    with pool(2) as workers:
+        for _ in range(2):
+            workers.submit(time.sleep, 600)
+        print(*workers._processes, flush=True)
+"""
+
+
+def test_local_processes_end_with_the_one_that_started_them(tmp_path):
+    script = tmp_path / "sleepers.py"
+    script.write_text(_SLEEPERS)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        workers = parent.stdout.readline().split()
+        assert len(workers) == 2 and all(map(runs, workers))
+        parent.kill()
+    end = time.monotonic() + 30
+    while any(map(runs, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(runs, workers))
+
+
+def runs(pid: str) -> bool:
+    """False also for one that has ended, but that nobody has asked yet how."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

@@ -5,14 +5,17 @@ however often it was stopped.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from babelrs_geo.chips.cut import SPOOL, cut_task, part_path
 from babelrs_geo.chips.options import SPLITS, ChipOptions
 from babelrs_geo.chips.plan import Entry, Plan, Task, plan
 from babelrs_geo.chips.tables import INDEX, NOTE, write_tables, write_text
-from babelrs_geo.cluster import Workers, connect
+from babelrs_geo.cluster import CUTTING, Workers, connect, pool
 from babelrs_geo.errors import OutputError, ParameterError
 from babelrs_geo.scenes import Scene
 from babelrs_geo.vectors import Labels, Objects
@@ -29,6 +32,7 @@ from babelrs_geo.vectors import Labels, Objects
 Progress = Callable[[int, int], None]
 ALIGNED = "aligned"
 """Folder of scenes brought to one grid."""
+_LIVES = 3  # times that processes are started, where some are lost
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,14 @@ def cut_entries(
         left = [task for task in planned.tasks if not part_path(out, task.key).exists()]
         for scene in {id(task.entry): task.entry.scene for task in left}.values():
             scene.find_collar()
-        done = len(planned.tasks) - len(left)
-        if progress:
-            progress(done, len(planned.tasks))
-        for _ in work(left, out, options):
-            done += 1
+        done = itertools.count(len(planned.tasks) - len(left))
+
+        def tell() -> None:
             if progress:
-                progress(done, len(planned.tasks))
+                progress(next(done), len(planned.tasks))
+
+        tell()
+        work(left, out, options, tell)
     counts = write_tables(out, planned, entries)
     write_text(out / NOTE, json.dumps(asked | {"counts": counts}, indent=1))
     _tidy(out)
@@ -234,40 +239,82 @@ def _tell_empty(planned: Plan, options: ChipOptions) -> None:
         )
 
 
-Work = Callable[[Sequence[Task], Path, ChipOptions], Iterator[str]]
+Work = Callable[[Sequence[Task], Path, ChipOptions, Callable[[], None]], None]
+"""Does tasks, in any order, and calls the last argument as each is done. A task's error ends it."""
 
 
 @contextmanager
 def _crew(workers: Workers) -> Iterator[Work]:
-    """What does tasks, in any order, and gives their keys as they are done.
+    """What does tasks: this process, Dask's scheduler of local processes, or the workers of a cluster.
 
     Processes start while the caller still plans, and end with the block.
     """
-    if workers.alone:
-        yield lambda tasks, out, options: (cut_task(task.light(), str(out), options) for task in tasks)
-        return
+    if workers.scheduler is not None:
+        with ExitStack() as stack, ThreadPoolExecutor(1) as starter:
+            starting = starter.submit(_client, workers, stack)
+            try:
+                yield lambda *given: _by_cluster(starting.result(), *given)
+            finally:
+                starting.exception()  # started or failed: what it opened is on the stack
+    elif workers.alone:
+        yield _alone
+    else:
+        workers.prepare(CUTTING)
+        yield lambda *given: _by_processes(workers.processes, *given)
+
+
+def _alone(tasks: Sequence[Task], out: Path, options: ChipOptions, tell: Callable[[], None]) -> None:
+    for task in tasks:
+        cut_task(task.light(), str(out), options)
+        tell()
+
+
+def _by_processes(
+    count: int, tasks: Sequence[Task], out: Path, options: ChipOptions, tell: Callable[[], None]
+) -> None:
+    """By Dask's scheduler of local processes. Where one of them is lost, others go on with what it had in hand."""
+    from dask import multiprocessing as local
+    from dask.callbacks import Callback
+
+    left = list(tasks)
+    for lives in reversed(range(_LIVES)):
+        graph = {  # of what is ready Dask does the last key first
+            f"{number:06d}": (partial(cut_task, task.light(), str(out), options),)
+            for number, task in enumerate(reversed(_largest_first(left)))
+        }
+        try:
+            with pool(count) as workers, Callback(posttask=lambda *_: tell()):  # type: ignore[no-untyped-call]
+                local.get(graph, list(graph), pool=workers, chunksize=1, optimize_graph=False)
+            return
+        except BrokenProcessPool as error:
+            if not lives:
+                raise OutputError(
+                    f"{out} is not whole: {_LIVES} times a process that cuts chips was lost; where memory is short "
+                    "take fewer (--workers 1), then run the same again: it goes on where it stopped"
+                ) from error
+            left = [task for task in left if not part_path(out, task.key).exists()]
+
+
+def _by_cluster(
+    client: Any, tasks: Sequence[Task], out: Path, options: ChipOptions, tell: Callable[[], None]
+) -> None:
     from distributed import as_completed
 
-    with ExitStack() as stack, ThreadPoolExecutor(1) as starter:
-        starting = starter.submit(_client, workers, stack)
+    if not tasks:
+        return
+    light = [task.light() for task in _largest_first(tasks)]
+    futures = client.map(cut_task, light, folder=str(out), options=options, pure=False, batch_size=64)
+    try:
+        for future in as_completed(futures, loop=client.loop):
+            future.result()
+            tell()
+    finally:
+        client.cancel(futures)
 
-        def work(tasks: Sequence[Task], out: Path, options: ChipOptions) -> Iterator[str]:
-            client = starting.result()
-            if not tasks:
-                return
-            largest = sorted(tasks, key=lambda task: -task.pixels)  # so that the workers end together
-            light = [task.light() for task in largest]
-            futures = client.map(cut_task, light, folder=str(out), options=options, pure=False, batch_size=64)
-            try:
-                for future in as_completed(futures, loop=client.loop):
-                    yield future.result()  # a task's error ends the run
-            finally:
-                client.cancel(futures)
 
-        try:
-            yield work
-        finally:
-            starting.exception()  # started or failed: what it opened is on the stack
+def _largest_first(tasks: Sequence[Task]) -> list[Task]:
+    """So that the workers end together."""
+    return sorted(tasks, key=lambda task: -task.pixels)
 
 
 def _client(workers: Workers, stack: ExitStack) -> Any:

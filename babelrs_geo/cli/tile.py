@@ -16,7 +16,8 @@ from babelrs_geo.cli.program import EXIT_INTERRUPTED, tell
 from babelrs_geo.cli.progress import duration, progress_bar
 
 if TYPE_CHECKING:
-    from babelrs_geo.chips import ChipOptions, Cut, Workers
+    from babelrs_geo.chips import ChipOptions, Cut
+    from babelrs_geo.cluster import Workers
     from babelrs_geo.scenes import Scene
     from babelrs_geo.vectors import Labels
 
@@ -89,10 +90,12 @@ class _RunArguments:
     as_json: bool
 
     def crew(self) -> Workers:
-        from babelrs_geo.chips import Workers
+        from babelrs_geo.cluster import CUTTING, Workers
 
         here = len(os.sched_getaffinity(0)) if self.workers is None else self.workers
-        return Workers(processes=here, scheduler=self.dask)
+        crew = Workers(processes=here, scheduler=self.dask)
+        crew.prepare(CUTTING)
+        return crew
 
 
 def _chip_options(command: Command) -> Command:
@@ -234,8 +237,8 @@ def tile_verb(**given: Any) -> int:
     if not run.coregister and (run.reference or run.correct_shift):
         raise click.UsageError("--reference and --correct-shift go with --coregister")
     start = time.perf_counter()
-    options, crew = chips.options(), run.crew()
-    read = labels.read()
+    crew = run.crew()  # first, so that its processes import while this one does
+    options, read = chips.options(), labels.read()
     with ExitStack() as stack:
         hidden = run.quiet or run.as_json
         try:
