@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from oracle import patches
 from rasterio.transform import from_origin
 
-from babelrs_geo.archive.cell import Limits
+from babelrs_geo.archive.cell import Limits, Turn
 from babelrs_geo.archive.crew import Workers
 from babelrs_geo.archive.run import Ended, RunOptions, run
 from babelrs_geo.archive.sources import find
@@ -108,15 +108,19 @@ class BrightWork(Detection):
     options: DetectOptions = SMALL
     sensor: str | None = "sar"
     pause: float = 0.0
+    seen: str = ""
+    """A folder to leave word in of who does which task."""
 
     def load(self) -> Any:
         return Bright()
 
-    def start(self) -> Callable[[Task], Outcome]:
-        usual = super().start()
+    def start(self, turn: Turn) -> Callable[[Task], Outcome]:
+        usual = super().start(turn)
 
         def one(task: Task) -> Outcome:
             time.sleep(self.pause)
+            if self.seen:
+                Path(self.seen, f"{Path(task.path).stem} {task.groups} {os.getppid()}").touch()
             name = Path(task.path).name
             if "crash" in name:
                 os.kill(os.getpid(), signal.SIGSEGV)

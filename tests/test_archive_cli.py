@@ -114,7 +114,7 @@ def test_told_to_stop_a_run_says_how_to_go_on_and_leaves_nothing_half_done(numbe
     command = [sys.executable, "-m", "babelrs_geo", "archive", "run", str(tmp_path / "in"), "-o", str(out)]
     command += ["--sensor", "sar", "--weights", weights, "--overlap", "16"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: list(out.glob("results/*/*/*.gpkg")))
+        wait_for(lambda: list(out.glob("results/*/*/*.gpkg")), 120)
         process.send_signal(number)
         said = process.communicate(timeout=30)
     assert process.returncode == 130, said

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import geopandas as gpd
@@ -77,7 +79,7 @@ def test_every_scene_is_judged_alone_and_bad_ones_are_told_with_their_reason(tmp
                        nodata=0, crs="EPSG:32633", transform=(10, 0, 0, 0, -10, 0)) as file:  # fmt: skip
         file.write(np.zeros((1, 60, 60), np.uint8))
     write_ships(folder / "once.tif", 53)
-    ended = go(folder, tmp_path / "out", limits=Limits(seconds=5.0), attempts=2)
+    ended = go(folder, tmp_path / "out", limits=Limits(seconds=8.0), attempts=2)
     found = rows(tmp_path / "out")
     expected = {
         "corrupt.tif": "cannot be opened",
@@ -86,7 +88,7 @@ def test_every_scene_is_judged_alone_and_bad_ones_are_told_with_their_reason(tmp
         "cut.tif": "cannot be opened",
         "crash.tif": "crashed its process (SIGSEGV)",
         "exits.tif": "ended its process with code 7 (no more of this)",
-        "hangs.tif": "took longer than the 5 s",
+        "hangs.tif": "took longer than the 8 s",
         "void.tif": "no pixel in it is valid",
     }
     for name, words in expected.items():
@@ -199,6 +201,52 @@ def test_workers_of_a_dask_cluster_give_the_same_and_a_scene_costs_itself_alone(
     ended = go(tmp_path / "in", tmp_path / "two", limits=Limits(seconds=5), workers=Workers(processes=2))
     assert (ended.counts[DONE], ended.counts[FAILED]) == (24, 2)
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deadly", [False, True])
+def test_a_giant_scene_is_shared_by_all_workers_and_the_same_as_alone(tmp_path, deadly):
+    make_archive(tmp_path / "in", 12)
+    name = "once-giant" if deadly else "giant"  # kills the first process that takes it
+    write_ships(tmp_path / "in" / f"{name}.tif", 70, side=600)
+    (tmp_path / "seen").mkdir()
+    go(tmp_path / "in", tmp_path / "one")
+    (tmp_path / "in" / f"{name}.seen").unlink(missing_ok=True)
+    work = BrightWork(seen=str(tmp_path / "seen"))
+    assert go(tmp_path / "in", tmp_path / "two", work=work, workers=Workers(processes=2)).whole
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    told = [path.name.rsplit(" ", 1) for path in (tmp_path / "seen").iterdir() if "giant" in path.name]
+    parts = {task: worker for task, worker in told if "(" in task}
+    assert len(parts) >= 6 and len(set(parts.values())) == 2
+    assert not (tmp_path / "two" / ".parts").exists()
+
+
+@pytest.mark.slow
+def test_parts_of_a_giant_scene_that_a_killed_run_left_are_not_done_again(tmp_path):
+    write_ships(tmp_path / "in" / "giant.tif", 70, side=600)
+    (tmp_path / "seen").mkdir()
+    go(tmp_path / "in", tmp_path / "one")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom bright_archive import *\n"
+        "if __name__ == '__main__':\n"
+        "    go(Path(sys.argv[2]), Path(sys.argv[3]), BrightWork(pause=1), workers=Workers(processes=2))"
+    )
+    command = [sys.executable, "-c", code, str(TESTS), str(tmp_path / "in"), str(tmp_path / "two")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        wait_for(lambda: list((tmp_path / "two").glob(".parts/*/*/*.arrow")), 60)
+        os.killpg(process.pid, signal.SIGKILL)
+    left = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob(".parts/*/*/*.arrow")}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        found: dict[Path, int] = {}
+        while process.poll() is None:
+            with suppress(FileNotFoundError):
+                found |= {
+                    path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob(".parts/*/*/*.arrow")
+                }
+            time.sleep(0.01)
+    assert process.returncode == 0 and len(left) and len(found) > len(left)
+    assert {path: found[path] for path in left} == left
+    assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
 def content(results: Path) -> dict[str, object]:

@@ -20,7 +20,7 @@ from make_safe import CORNER, NAME, START, grid_points, make_safe, zipped
 from shapely.geometry import Point
 
 from babelrs_geo.archive.addresses import bare, scrub
-from babelrs_geo.archive.safe import write_vrt
+from babelrs_geo.archive.safe import opened
 from babelrs_geo.archive.sources import find
 from babelrs_geo.archive.stac import Search, read_items, search
 from babelrs_geo.errors import LabelError, ParameterError, SceneError
@@ -271,8 +271,7 @@ def test_a_safe_product_has_its_annotations_points_its_polarisations_and_its_tim
         path = safe
     (item,) = find([str(tmp_path / "in")])
     assert (item.path, item.sensor) == (str(path), "sar") and item.size
-    vrt = write_vrt(path, tmp_path / "vrt")
-    with open_scene(vrt) as scene:
+    with opened(str(path)) as vrt, open_scene(vrt) as scene:
         assert scene.name == NAME and scene.acquired.isoformat().startswith(START)
         assert str(scene.sensor) == "sar" and (scene.height, scene.width) == pixels.shape
         points = grid_points(*pixels.shape)
@@ -280,7 +279,7 @@ def test_a_safe_product_has_its_annotations_points_its_polarisations_and_its_tim
         np.testing.assert_allclose(scene.georef.to_lonlat(columns, lines), (lon, lat), atol=1e-9)
         assert scene.georef.to_lonlat(0.0, 0.0)[0] == pytest.approx(CORNER[0])
         np.testing.assert_array_equal(scene.read_raw((0, 0, 150, 120))[0], pixels)
-    with open_scene(vrt, options=SceneOptions(polarisation="VH")) as scene:
+    with opened(str(path)) as vrt, open_scene(vrt, options=SceneOptions(polarisation="VH")) as scene:
         np.testing.assert_array_equal(scene.read_raw((0, 0, 9, 9))[1], pixels[:9, :9] // 2)
 
 
@@ -292,12 +291,12 @@ def test_a_safe_product_that_lacks_something_is_told_in_one_line(tmp_path):
         safe = make_safe(tmp_path / str(number), pixels)
         for file in safe.glob(victim):
             file.unlink()
-        with pytest.raises(SceneError, match=words):
-            write_vrt(safe, tmp_path)
+        with pytest.raises(SceneError, match=words), opened(str(safe)):
+            pass
     bad = tmp_path / "S1A_bad.zip"
     bad.write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(SceneError, match="cannot be opened as a zip"):
-        write_vrt(bad, tmp_path)
+    with pytest.raises(SceneError, match="cannot be opened as a zip"), opened(str(bad)):
+        pass
 
 
 def test_gdal_agrees_with_the_points_of_the_measurement(tmp_path):

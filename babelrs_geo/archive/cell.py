@@ -17,13 +17,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
+from babelrs_geo.archive.turns import Rota, Turns
 from babelrs_geo.errors import BabelError, ParameterError
 
 _STARTS = 3  # a start that is lost says nothing of the scene: once more, and again
@@ -32,12 +33,15 @@ _LOOK_SECONDS = 0.2  # between two looks at memory and clock
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _HEAD = struct.Struct(">Q")
 
+Turn = AbstractContextManager[None]
+"""Entered, again and again, for what the cells that stand together do one at a time: computing."""
+
 
 class Work(Protocol):
     """What a cell is for; picklable, and importable where the cell starts."""
 
-    def start(self) -> Callable[[Any], Any]:
-        """Make ready what all tasks share, and give what does one."""
+    def start(self, turn: Turn) -> Callable[[Any], Any]:
+        """Make ready what all tasks share, and give what does one; it computes in its turn."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,14 @@ class LostError(Exception):
 
 
 class Cell:
-    """The parent's end: starts the process when it is first needed, and again after a loss."""
+    """The parent's end: starts the process when it is first needed, and again after a loss.
 
-    def __init__(self, work: Work, limits: Limits | None = None) -> None:
+    Cells that are given the same rota compute in turn.
+    """
+
+    def __init__(self, work: Work, limits: Limits | None = None, rota: Rota | None = None) -> None:
         self._work, self._limits = work, limits or Limits()
+        self._handles = () if rota is None else rota.handles
         self._process: subprocess.Popen[bytes] | None = None
         self._killed = False
         self._words: Any = None
@@ -120,11 +128,12 @@ class Cell:
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(os.getpid())],
+            [sys.executable, "-m", __name__, str(os.getpid()), *map(str, self._handles)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
             env=environment,
+            pass_fds=self._handles,
             start_new_session=True,  # a Ctrl-C is for the run, which then ends its cells
         )
         assert self._process.stdin is not None
@@ -221,7 +230,7 @@ def _watch(parent: int) -> None:
     os._exit(1)
 
 
-def serve(parent: int) -> None:
+def serve(parent: int, handles: Sequence[int]) -> None:
     """The process itself: tasks from standard input, answers to standard output, until the parent closes it."""
     tasks, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not come between the answers
@@ -230,7 +239,7 @@ def serve(parent: int) -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")  # dies before the process that keeps the ledger
     try:
-        work = _receive(tasks).start()
+        work = _receive(tasks).start(Turns(handles) if handles else nullcontext())
     except BabelError as error:
         _send(answers, ("raised", error))
         return
@@ -251,4 +260,4 @@ if __name__ == "__main__":
     # As a module of its own name, so that what is pickled here is known by the same name there.
     from babelrs_geo.archive import cell
 
-    cell.serve(int(sys.argv[1]))
+    cell.serve(int(sys.argv[1]), [int(handle) for handle in sys.argv[2:]])

@@ -8,6 +8,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from babelrs_geo.archive.cell import Turn
+from babelrs_geo.archive.safe import is_product, opened
 
 COLOURS = {
     "done": "#2a9d6f",
@@ -141,7 +145,7 @@ class Look:
 class Quicklooks:
     """Work for a cell: scenes as small pictures, for what hangs or crashes at reading must not end a report."""
 
-    def start(self) -> Callable[[Look], str]:
+    def start(self, turn: Turn) -> Callable[[Look], str]:
         """Nothing to make ready."""
         return quicklook
 
@@ -153,7 +157,8 @@ def quicklook(look: Look) -> str:
 
     reading: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in look.options.items()}
     found = read_result(look.result).features
-    with open_scene(look.path, look.sensor, SceneOptions(**reading)) as scene:
+    product = opened(look.path) if is_product(look.path) else nullcontext(look.path)
+    with product as path, open_scene(path, look.sensor, SceneOptions(**reading)) as scene:
         scale = min(1.0, LOOK_SIDE / max(scene.width, scene.height))
         rows, columns = scene.shape_at(scale)
         image = scene.read((0, 0, columns, rows), scale).image

@@ -6,13 +6,17 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from babelrs_geo.archive.ledger import key_of
+from babelrs_geo.archive.ledger import Row, key_of
 
 RESULTS = "results"
 DRAFTS = ".drafts"
+PARTS = ".parts"
+"""Where scenes that several workers share are put together; what a killed run leaves there is used by the next."""
+_AT_ONCE = 32  # folders flushed
 _EDGE = 8  # points a side of a footprint: rows of a scene placed by control points are no straight lines
 
 
@@ -21,6 +25,17 @@ def output_of(source: str, recipe: str, suffix: str) -> str:
     stem = re.sub(r"[^\w.-]+", "_", PurePosixPath(source.partition("?")[0].rstrip("/")).stem)[:80] or "scene"
     key = key_of(source)
     return f"{RESULTS}/{recipe[:12]}/{key[:2]}/{stem}-{key}{suffix}"
+
+
+def parts_of(folder: Path, output: str, row: Row) -> Path:
+    """Where a scene, as it is now, is put together by several workers."""
+    path = PurePosixPath(output)
+    return (
+        folder
+        / PARTS
+        / path.relative_to(RESULTS).parts[0]
+        / f"{path.stem}-{key_of(f'{row.size} {row.stamp}')}"
+    )
 
 
 def files_of(output: str) -> list[str]:
@@ -54,13 +69,18 @@ def remove(folder: Path, output: str) -> None:
 
 
 def flush(folders: Iterable[Path]) -> None:
-    """Have the system put names on the disk."""
-    for folder in folders:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Have the system put names on the disk; asked for many folders at once, it does so in one go."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(_flush, folders):
+            pass
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def footprint(scene: Any) -> list[list[float]] | None:

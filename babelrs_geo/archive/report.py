@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from babelrs_geo.archive.cell import Cell, Limits, LostError
@@ -50,7 +51,7 @@ def report(ledger: Ledger, path: Path, *, overwrite: bool = False) -> Path:
 def _page(ledger: Ledger) -> str:
     counts, totals = ledger.counts(), ledger.totals()
     run = ledger.setting("run") or {}
-    name = escape(ledger.folder.absolute().name)
+    name, scenes = escape(ledger.folder.absolute().name), sum(counts.values())
     states = "".join(
         f'<span class="state"><i style="background:{COLOURS[state]}"></i>{state} <b>{n:,}</b></span>'
         for state, n in counts.items()
@@ -71,9 +72,10 @@ def _page(ledger: Ledger) -> str:
         ("How", f"<pre>{escape(json.dumps(run, indent=1))}</pre>"),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
+    work, told = _duration(totals["seconds"]), now()[:19].replace("T", " ")
     facts = (
-        f"{sum(counts.values()):,} scenes · {totals['detections']:,} detections · {totals['tiles']:,} tiles"
-        f" · {totals['seconds'] / 3600:,.2f} hours of work · told {now()[:19].replace('T', ' ')} UTC"
+        f"{scenes:,} scene{'s' if scenes != 1 else ''} · {totals['detections']:,} detections"
+        f" · {totals['tiles']:,} tiles · {work} of work · told {told} UTC"
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Archive {name}</title>'
@@ -168,7 +170,15 @@ def _failures(ledger: Ledger) -> str:
 def _kind(reason: str, source: str) -> str:
     """A reason without what is particular to its scene."""
     text = reason.replace(source, "…").replace(Path(source).name, "…")
-    return re.sub(r"\d[\d.,]*", "N", text)[:110]
+    return shorten(re.sub(r"\d[\d.,]*", "N", text), 110, placeholder=" …")
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    for length, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _looks(ledger: Ledger, run: dict[str, Any]) -> str:

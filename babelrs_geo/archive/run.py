@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
-from babelrs_geo.archive.cell import Limits
+from babelrs_geo.archive.cell import Limits, Turn
 from babelrs_geo.archive.crew import Crew, hired
 from babelrs_geo.archive.ledger import (
     DONE,
@@ -32,7 +32,7 @@ from babelrs_geo.archive.ledger import (
     locked,
     now,
 )
-from babelrs_geo.archive.outputs import DRAFTS, flush, output_of, place, remove
+from babelrs_geo.archive.outputs import DRAFTS, PARTS, flush, output_of, parts_of, place, remove
 from babelrs_geo.archive.sources import Item
 from babelrs_geo.archive.work import Outcome, Task
 from babelrs_geo.cluster import Workers
@@ -54,8 +54,10 @@ _TWINS = 1000  # fingerprints handed with a task at most; what they miss is foun
 class Job(Protocol):
     """What is done with a scene: `work.Detection`, or what tests put in its place. Picklable."""
 
-    def start(self) -> Callable[[Task], Outcome]:
-        """Make ready, in the process that works, what all scenes share, and give what does one."""
+    def start(self, turn: Turn) -> Callable[[Task], Outcome]:
+        """Make ready, in the process that works, what all scenes share, and give what does one; it computes in its
+        turn.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,7 @@ def run(
             loop.wait(options.watch)
             if ledger.plan(loop.remembering(_settled(sources(), options.watch))):
                 loop.go(progress)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of scenes that are no longer planned
         return Ended(folder, ledger.counts(), loop.worked, time.perf_counter() - begun)
 
 
@@ -264,21 +267,24 @@ class _Loop:
                 each[0]
                 for kind in "fs"
                 for each in self.ledger.rows(
-                    "SELECT fingerprint FROM scenes WHERE fingerprint BETWEEN ? AND ? AND id < ?"
+                    "SELECT fingerprint FROM scenes INDEXED BY by_content WHERE fingerprint BETWEEN ? AND ? AND id < ?"
                     " AND state IN ('done', 'incomplete') LIMIT ?",
                     (kind + low, kind + low + "~", row.id, _TWINS),
                 )
             )
             twins = frozenset(found)
+        output = output_of(row.source, self.recipe, self.options.suffix)
         return Task(
             row.id,
             row.source,
             self._opened.get(row.source, row.source),
-            Path(output_of(row.source, self.recipe, self.options.suffix)).name,
+            Path(output).name,
             str(self.drafts),
             row.sensor,
             row.options,
             twins,
+            row.size is None or row.stamp is None,
+            "" if self.options.workers.alone else str(parts_of(self.folder.absolute(), output, row)),
         )
 
     def _settle(self) -> int:
@@ -286,6 +292,7 @@ class _Loop:
         changes: list[tuple[int, Mapping[str, Any]]] = []
         folders: set[Path] = set()
         gone: list[str] = []
+        gone_parts: list[Path] = []
         fresh: dict[str, int] = {}
         final = 0
         for row, outcome in self._ended:
@@ -299,10 +306,15 @@ class _Loop:
                 "weights": self.weights,
                 "twin": None,
             }
+            for known in ("size", "stamp"):  # what the plan says goes before what a server says
+                if getattr(row, known) is not None:
+                    values.pop(known, None)
             if outcome.state == FAILED and outcome.again and row.attempts + 1 < self.options.attempts:
                 values["state"] = PLANNED if row.output is None else STALE
             else:
                 final += 1
+                if not self.options.workers.alone:
+                    gone_parts.append(parts_of(self.folder, output, row))
             mark = values.get("fingerprint")
             if mark and outcome.state in (DONE, INCOMPLETE, DUPLICATE):
                 first, later = self._namesakes(mark, row.id, fresh)
@@ -333,6 +345,8 @@ class _Loop:
         self._ended.clear()
         for output in gone:  # only once no row names it
             remove(self.folder, output)
+        for parts in gone_parts:
+            shutil.rmtree(parts, ignore_errors=True)
         self.worked += final
         return final
 
@@ -350,7 +364,7 @@ class _Loop:
         others = [
             each["id"]
             for each in self.ledger.rows(
-                "SELECT id FROM scenes WHERE fingerprint = ? AND id <> ? AND recipe = ?"
+                "SELECT id FROM scenes INDEXED BY by_content WHERE fingerprint = ? AND id <> ? AND recipe = ?"
                 " AND state IN ('done', 'incomplete')",
                 (mark, row, self.recipe),
             )

@@ -1,4 +1,5 @@
-"""Sentinel-1 products in ESA's SAFE layout, a folder or a zip, as one raster: a VRT over the measurements.
+"""Sentinel-1 products in ESA's SAFE layout, a folder or a zip, here or on a web server, as one raster: a VRT over the
+measurements.
 
 The control points come from the annotations, the polarisations and the time from the manifest. GDAL's own driver wants
 folders, original file names and calibration tables; products as archives keep them often lack one of these.
@@ -9,25 +10,33 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.parse import urlsplit, urlunsplit
 from xml.sax.saxutils import escape, quoteattr
 
+from babelrs_geo.archive import remote
+from babelrs_geo.archive.addresses import bare
+from babelrs_geo.archive.remote import web_address
 from babelrs_geo.errors import SceneError
 
 _MEASURED = re.compile(r"measurement/[^/]+\.tiff?$", re.I)
+_CALLED = re.compile(r"S1[A-D]_", re.I)
 
 
 @dataclass(frozen=True)
 class _Product:
     """How the files of a product are reached."""
 
-    names: frozenset[str]
-    """Relative to the product's root."""
+    names: frozenset[str] | None
+    """Relative to the product's root; None where they cannot be listed: the manifest is then believed."""
     read: Callable[[str], bytes]
-    root: str
-    """As GDAL opens it."""
+    place: Callable[[str], str]
+    """How GDAL opens a file of the product."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ def is_safe(path: Path) -> bool:
 
 def zipped_safe(path: Path) -> bool:
     """Whether a zip is called as Sentinel-1 products are, or holds one."""
-    if re.match(r"S1[A-D]_", path.name, re.I):
+    if _CALLED.match(path.name):
         return True
     try:
         with zipfile.ZipFile(path) as archive:
@@ -56,49 +65,95 @@ def zipped_safe(path: Path) -> bool:
         return False
 
 
-def write_vrt(path: Path, folder: Path) -> Path:
-    """A raster of a product's polarisations, one a band, written to `folder` under the product's own name.
+def is_product(path: str) -> bool:
+    """Whether a path or an address is that of a product: remote ones, and zips of a run's plan, by their names."""
+    address = web_address(path)
+    if address is not None:
+        return _folder_of(address) is not None or _is_zip(address)
+    local = Path(path)
+    return is_safe(local) or (local.suffix.lower() == ".zip" and local.is_file())
+
+
+def _folder_of(address: str) -> str | None:
+    """The address of a SAFE folder, given as such or by its manifest; None for anything else."""
+    parts = urlsplit(address)
+    folder = parts.path.rstrip("/").removesuffix("/manifest.safe")
+    return urlunsplit(parts._replace(path=folder)) if folder.upper().endswith(".SAFE") else None
+
+
+def _is_zip(address: str) -> bool:
+    name = PurePosixPath(urlsplit(address).path).name
+    return name.lower().endswith(".zip") and _CALLED.match(name) is not None
+
+
+@contextmanager
+def opened(path: str) -> Iterator[str]:
+    """A raster of a product's polarisations, one a band, under the product's own name, as GDAL opens it. It is in this
+    process's memory alone, for it may hold the signature of an address.
 
     Raises SceneError where manifest, annotations or measurements are missing or damaged.
     """
-    product = _open(path)
+    from rasterio.io import MemoryFile
+
+    address = web_address(path)
+    shown = path if address is None else bare(path)
     try:
-        start, names = _manifest(product)
-        bands = [_band(product, name) for name in names]
+        with ExitStack() as stack:
+            product = _local(Path(path), stack) if address is None else _remote(address, stack)
+            start, names = _manifest(product)
+            bands = [_band(product, name) for name in names]
+    except SceneError:
+        raise
     except (ET.ParseError, KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise SceneError(
-            f"{path} is no whole Sentinel-1 product ({type(error).__name__}: {error}); fetch it again"
+            f"{shown} is no whole Sentinel-1 product ({type(error).__name__}: {error}); fetch it again"
         ) from error
     if len({(band.width, band.height) for band in bands}) != 1:
         raise SceneError(
-            f"{path} has measurements of several sizes (sub-swaths); pass one of the files in measurement/"
+            f"{shown} has measurements of several sizes (sub-swaths); pass one of the files in measurement/"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{path.stem}.SAFE"
-    target.write_text(_vrt(bands, start), encoding="utf-8")
-    return target
+    stem = PurePosixPath(shown.partition("?")[0].rstrip("/").removesuffix("/manifest.safe")).stem
+    where = blake2b(shown.encode(), digest_size=8).hexdigest()  # the same in every process
+    with MemoryFile(_vrt(bands, start).encode(), dirname=where, filename=f"{stem}.SAFE") as file:
+        yield file.name
 
 
-def _open(path: Path) -> _Product:
+def _local(path: Path, stack: ExitStack) -> _Product:
     if path.is_dir():
         names = frozenset(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-        return _Product(names, lambda name: (path / name).read_bytes(), str(path))
+        return _Product(names, lambda name: (path / name).read_bytes(), lambda name: f"{path}/{name}")
+    return _zip(stack.enter_context(path.open("rb")), str(path), str(path), stack)
+
+
+def _remote(address: str, stack: ExitStack) -> _Product:
+    from babelrs_geo.scenes.reader import gdal_path
+
+    folder = _folder_of(address)
+    if folder is None:
+        file = stack.enter_context(remote.seekable(address))
+        return _zip(file, bare(address), f"{{{gdal_path(address)}}}", stack)
+    return _Product(
+        None,
+        lambda name: remote.read(remote.beside(folder, name)),
+        lambda name: gdal_path(remote.beside(folder, name)),
+    )
+
+
+def _zip(file: BinaryIO, shown: str, inner: str, stack: ExitStack) -> _Product:
+    """A product in a zip, which GDAL calls `inner`."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            inside = archive.namelist()
+        archive = stack.enter_context(zipfile.ZipFile(file))
     except (OSError, zipfile.BadZipFile) as error:
-        raise SceneError(f"{path} cannot be opened as a zip ({error}); fetch it again") from error
+        raise SceneError(f"{shown} cannot be opened as a zip ({error}); fetch it again") from error
+    inside = archive.namelist()
     manifest = next((name for name in inside if PurePosixPath(name).name == "manifest.safe"), None)
     if manifest is None:
-        raise SceneError(f"{path} holds no manifest.safe: it is no Sentinel-1 product; pass another file")
+        raise SceneError(f"{shown} holds no manifest.safe: it is no Sentinel-1 product; pass another file")
     prefix = manifest.removesuffix("manifest.safe")
-
-    def read(name: str) -> bytes:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(prefix + name)
-
     kept = frozenset(name.removeprefix(prefix) for name in inside if name.startswith(prefix))
-    return _Product(kept, read, f"/vsizip/{path}/{prefix}".rstrip("/"))
+    return _Product(
+        kept, lambda name: archive.read(prefix + name), lambda name: f"/vsizip/{inner}/{prefix}{name}"
+    )
 
 
 def _manifest(product: _Product) -> tuple[str, list[str]]:
@@ -106,8 +161,10 @@ def _manifest(product: _Product) -> tuple[str, list[str]]:
     tree = ET.fromstring(product.read("manifest.safe"))
     start = next((node.text for node in tree.iter() if node.tag.endswith("}startTime")), None) or ""
     listed = [node.get("href", "").removeprefix("./") for node in tree.iter() if node.tag == "fileLocation"]
-    names = [name for name in listed if _MEASURED.search(name) and name in product.names]
-    names = names or sorted(name for name in product.names if _MEASURED.search(name))
+    names = [name for name in listed if _MEASURED.search(name)]
+    if product.names is not None:
+        names = [name for name in names if name in product.names]
+        names = names or sorted(name for name in product.names if _MEASURED.search(name))
     if not names:
         raise ValueError("it has no measurement")
     return start.strip(), names
@@ -132,7 +189,7 @@ def _band(product: _Product, name: str) -> _Band:
     if not points:
         raise ValueError(f"annotation/{stem}.xml has no geolocation grid")
     size = int(told["numberOfSamples"] or 0), int(told["numberOfLines"] or 0)
-    return _Band(f"{product.root}/{name}", str(told["polarisation"]).upper(), *size, points)
+    return _Band(product.place(name), str(told["polarisation"]).upper(), *size, points)
 
 
 def _vrt(bands: Sequence[_Band], start: str) -> str:

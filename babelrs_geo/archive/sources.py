@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from babelrs_geo.archive.addresses import bare
-from babelrs_geo.archive.safe import is_safe, zipped_safe
+from babelrs_geo.archive.safe import is_product, is_safe, zipped_safe
 from babelrs_geo.errors import LabelError, ParameterError
 
 RASTERS = (".tif", ".tiff", ".jp2", ".png", ".jpg", ".jpeg", ".vrt", ".ntf", ".nitf", ".img")
@@ -65,7 +65,7 @@ def _find(source: str, leave_out: Path | None, asset: str | None) -> Iterator[It
     remote = "://" in source or source.startswith("/vsi")
     ending = path.suffix.lower()
     if remote and ending not in MANIFESTS:
-        yield Item(bare(source), source)
+        yield Item(bare(source), source, "sar" if is_product(source) else None)
     elif not remote and path.is_dir():
         yield from _folder(path.absolute(), leave_out)
     elif not remote and not path.exists():

@@ -6,27 +6,37 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from babelrs_geo.archive.addresses import scrub
 from babelrs_geo.archive.ledger import DONE, DUPLICATE, FAILED, INCOMPLETE
 from babelrs_geo.archive.outputs import footprint, stac_item, write_json
-from babelrs_geo.archive.safe import is_safe, write_vrt
+from babelrs_geo.archive.practice import practise
+from babelrs_geo.archive.remote import state_of, web_address
+from babelrs_geo.archive.safe import is_product, is_safe, opened
 from babelrs_geo.errors import BabelError, OutputError, ParameterError, SceneError
 
 if TYPE_CHECKING:
-    from babelrs_geo.detect import DetectOptions, Found
+    from babelrs_geo.archive.cell import Turn
+    from babelrs_geo.detect import DetectOptions, Found, Running
     from babelrs_geo.models.zoo import Weights
     from babelrs_geo.scenes import Scene
 
 _HEAD, _BLOCK, _BLOCKS = 1 << 16, 1 << 14, 8
 """Bytes of a file that its fingerprint looks at: the first 64 KiB, then 8 blocks of 16 KiB, the last at the end."""
+
+SHARED = "shared"
+"""How a task ends that is not a whole scene: with how many groups of tiles there are, or with some of them done."""
+SHARED_FROM = 4
+"""Groups of tiles from which on a scene is given to several workers."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,14 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
     twins: frozenset[str] = frozenset()
     """Fingerprints of scenes of the same size that came before and are done."""
+    unknown: bool = False
+    """Whether size or stamp are not known: a server is then asked."""
+    parts: str = ""
+    """A folder where a scene of many tiles is done in parts by several workers; empty where one does all of it."""
+    groups: tuple[int, ...] | None = None
+    """Of such a scene: the groups of tiles that are this task; None for what is done once."""
+    gather: bool = False
+    """Whether all its parts are there, and the result is to be made."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,26 @@ class Outcome:
     """Whether another attempt may end otherwise."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the ledger."""
+
+
+class _InTurn:
+    """Weights whose detectors compute in their turn."""
+
+    def __init__(self, weights: Any, turn: Turn) -> None:
+        self._weights, self._turn = weights, turn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weights, name)
+
+    def detector(self, *given: Any) -> Callable[[Any], Any]:
+        """As of the weights themselves."""
+        compute = self._weights.detector(*given)
+
+        def find_objects(images: Any) -> Any:
+            with self._turn:
+                return compute(images)
+
+        return find_objects
 
 
 @dataclass(frozen=True)
@@ -77,13 +115,15 @@ class Detection:
 
         return zoo.load(self.weights, self.device)
 
-    def start(self) -> Callable[[Task], Outcome]:
+    def start(self, turn: Turn) -> Callable[[Task], Outcome]:
         """Load, and give what takes one scene."""
         if self.options.threads is not None:
             import torch
 
             torch.set_num_threads(self.options.threads)
         loaded = self.load()
+        practise(loaded, self.options)
+        loaded = cast("Weights", _InTurn(loaded, turn))
         return lambda task: self._one(task, loaded)
 
     def _one(self, task: Task, weights: Weights) -> Outcome:
@@ -106,31 +146,35 @@ class Detection:
         return replace(outcome, reason=reason, values={**values, **outcome.values})
 
     def _detected(self, task: Task, weights: Weights, values: dict[str, Any]) -> Outcome:
-        from babelrs_geo.detect import check_crs, detect, plan_for
+        from babelrs_geo.detect import Running, check_crs, detect, plan_for
+        from babelrs_geo.inference.look import GROUP
         from babelrs_geo.scenes import SceneOptions, open_scene
 
-        path = Path(task.path)
-        # A product's manifest holds the checksums of all its files.
-        content = path / "manifest.safe" if is_safe(path) else path
-        if content.is_file():
-            values["fingerprint"] = fingerprint(content, whole=self.full_hash)
-            if values["fingerprint"] in task.twins:
+        if task.groups is None:
+            values |= self._looked_up(task)
+            if values.get("fingerprint") in task.twins:
                 return Outcome(DUPLICATE)
-        sensor, opened = task.sensor or self.sensor, task.path
-        if is_safe(path) or (path.suffix.lower() == ".zip" and path.is_file()):
-            opened, sensor = str(write_vrt(path, Path(task.drafts) / str(task.id))), "sar"
         reading: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in {**self.reading, **task.options}.items()
         }
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with open_scene(opened, sensor, SceneOptions(**reading)) as scene:
+            with ExitStack() as stack:
+                path, sensor = task.path, task.sensor or self.sensor
+                if is_product(path):
+                    path, sensor = stack.enter_context(opened(path)), "sar"
+                scene = stack.enter_context(open_scene(path, sensor, SceneOptions(**reading)))
                 values["sensor"] = str(scene.sensor)
                 if self.crs is not None:
                     check_crs(self.crs, georeferenced=scene.georef.crs is not None)
                 plan = plan_for(scene, weights.header, self.options)
                 fitted = replace(self.options, batch=fitting(self.options.batch, len(plan.grid)))
-                found = detect(scene, weights, fitted)
+                running = Running()
+                if task.parts and len(plan.grid) >= SHARED_FROM * GROUP * fitted.batch:
+                    running = Running(spool=task.parts, resume=True)
+                    if not task.gather:
+                        return self._shared(task, scene, weights, fitted, running)
+                found = detect(scene, weights, fitted, running=running)
                 values |= self._written(task, scene, found)
         caution = next((str(w.message) for w in caught if issubclass(w.category, UserWarning)), None)
         failed = values["tiles_failed"]
@@ -138,6 +182,31 @@ class Detection:
             why = next(iter(found.coverage.loc[found.coverage["state"] == "failed", "reason"]))
             return Outcome(INCOMPLETE, f"{failed} of {values['tiles']} tiles could not be read: {why}")
         return Outcome(DONE, caution and f"caution: {caution}")
+
+    def _looked_up(self, task: Task) -> dict[str, Any]:
+        """What tells whether a scene is another, or has changed: columns of the ledger."""
+        path = Path(task.path)
+        # A product's manifest holds the checksums of all its files.
+        content = path / "manifest.safe" if is_safe(path) else path
+        if content.is_file():
+            return {"fingerprint": fingerprint(content, whole=self.full_hash)}
+        address = web_address(task.path)
+        return state_of(address) if address is not None and task.unknown else {}
+
+    def _shared(
+        self, task: Task, scene: Scene, weights: Weights, options: DetectOptions, running: Running
+    ) -> Outcome:
+        """Tell how many groups there are, or do some of them."""
+        from babelrs_geo.detect import contribute
+
+        try:
+            groups = contribute(scene, weights, options, running, task.groups or ())
+        except OutputError:  # parts of the scene as it was before it changed, or of another release
+            if task.groups is not None:
+                raise
+            shutil.rmtree(task.parts, ignore_errors=True)
+            groups = contribute(scene, weights, options, running)
+        return Outcome(SHARED, values={"groups": groups})
 
     def _written(self, task: Task, scene: Scene, found: Found) -> dict[str, Any]:
         """Write the draft; gives the columns of the ledger that it fills."""

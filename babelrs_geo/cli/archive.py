@@ -119,12 +119,14 @@ class _Running:
     def options(self) -> RunOptions:
         """The same for the library."""
         from babelrs_geo.archive.cell import Limits
+        from babelrs_geo.archive.crew import PAIR
         from babelrs_geo.archive.run import RunOptions
         from babelrs_geo.cluster import Workers
 
         memory = None if self.memory_limit is None else int(self.memory_limit * 1e6)
         if memory is None and self.dask is None:
-            memory = int(0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.workers)
+            whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            memory = int(0.9 * whole / (PAIR * self.workers))
         return RunOptions(
             suffix=f".{self.form}",
             workers=Workers(processes=self.workers, scheduler=self.dask),
@@ -184,7 +186,7 @@ def _run_options(command: Command) -> Command:
                 default=1,
                 show_default=True,
                 metavar="N",
-                help="Scenes at once, a process each; from two on by Dask.",
+                help="Models at work at once, two processes each; from two on by Dask.",
             ),
             click.option("--dask", metavar="ADDRESS", help="Dask scheduler whose workers do the work."),
             click.option(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     import geopandas as gpd
 
     from babelrs_geo.detections import Detections
-    from babelrs_geo.inference import InferenceOptions
+    from babelrs_geo.inference import Crew, InferenceOptions, Keep, Look
     from babelrs_geo.models.checkpoints import Header
     from babelrs_geo.models.zoo import Weights
     from babelrs_geo.scenes import Scene
@@ -40,6 +42,7 @@ __all__ = [
     "Plan",
     "Running",
     "check_crs",
+    "contribute",
     "detect",
     "devices",
     "outlook",
@@ -193,23 +196,12 @@ def detect(
 
     options, running = options or DetectOptions(), running or Running()
     started = vectors.clock()
-    area = None if options.aoi is None else area_of(scene, options.aoi)
-    loaded, device = load_weights(weights, options.device)
-    header = loaded[0].header
-    plan = plan_for(scene, header, options)
-    if plan.caution:
-        warnings.warn(plan.caution, UserWarning, stacklevel=2)
-    look = inference.Look(scene, plan.grid, plan.scale, inference.InferenceOptions(batch=options.batch))
-    about = _provenance(scene, loaded[0], plan, options, look.options, device)
-    keep = None
-    if running.spool is not None:
-        from babelrs_geo.inference.spool import Spool
-
-        keep = Spool(Path(running.spool), about | _files(scene, area), resume=running.resume)
-    named = os.fspath(weights) if isinstance(weights, str | os.PathLike) else None
-    on = Where(named, options.device, options.threads)
-    with crew_of(running, look, loaded, options.score, plan.classes, on) as crew:
-        found, coverage = inference.gather(look, crew, area, progress, keep)
+    begun = _begin(scene, weights, options, running)
+    area, about = begun.area, begun.about
+    if begun.caution:
+        warnings.warn(begun.caution, UserWarning, stacklevel=2)
+    with begun.crew() as crew:
+        found, coverage = inference.gather(begun.look, crew, area, progress, begun.keep)
     if coverage.looked_at == 0:
         where = "it" if area is None else "the area of interest"
         raise SceneError(
@@ -226,6 +218,63 @@ def detect(
         about | {"tiles": coverage.counts(), "started": started, "finished": vectors.clock()},
         found,
     )
+
+
+def contribute(
+    scene: Scene,
+    weights: str | os.PathLike[str] | Weights,
+    options: DetectOptions,
+    running: Running,
+    numbers: Collection[int] = (),
+) -> int:
+    """Do some groups of a detection's tiles, which others may do the rest of, into `running.spool`; a `detect` that
+    resumes from there finds them. Gives how many groups there are. Raises as `detect` does.
+    """
+    from babelrs_geo.inference import groups_of
+
+    begun = _begin(scene, weights, options, running)
+    groups = groups_of(begun.look, begun.area)
+    if numbers and begun.keep is not None:
+        there = begun.keep.parts()
+        mine = [group for group in groups if group.number in numbers and group.number not in there]
+        with begun.crew() as crew:
+            for group, part in crew(mine, lambda _: None) if mine else ():
+                begun.keep.put(group.number, part)
+    return len(groups)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A detection before the first tile."""
+
+    look: Look
+    area: MapArea | None
+    about: dict[str, Any]
+    """Its provenance, but for what came of it."""
+    caution: str
+    keep: Keep | None
+    crew: Callable[[], AbstractContextManager[Crew]]
+
+
+def _begin(
+    scene: Scene, weights: str | os.PathLike[str] | Weights, options: DetectOptions, running: Running
+) -> _Begun:
+    from babelrs_geo import inference
+
+    area = None if options.aoi is None else area_of(scene, options.aoi)
+    loaded, device = load_weights(weights, options.device)
+    plan = plan_for(scene, loaded[0].header, options)
+    look = inference.Look(scene, plan.grid, plan.scale, inference.InferenceOptions(batch=options.batch))
+    about = _provenance(scene, loaded[0], plan, options, look.options, device)
+    keep = None
+    if running.spool is not None:
+        from babelrs_geo.inference.spool import Spool
+
+        keep = Spool(Path(running.spool), about | _files(scene, area), resume=running.resume)
+    named = os.fspath(weights) if isinstance(weights, str | os.PathLike) else None
+    on = Where(named, options.device, options.threads)
+    crew = partial(crew_of, running, look, loaded, options.score, plan.classes, on)
+    return _Begun(look, area, about, plan.caution, keep, crew)
 
 
 def plan_for(scene: Scene, header: Header, options: DetectOptions) -> Plan:

@@ -13,7 +13,7 @@ from babelrs_geo.inference.coverage import (
     Coverage,
 )
 from babelrs_geo.inference.look import Detector, Group, InferenceOptions, Look, Part
-from babelrs_geo.inference.run import Crew, Keep, Progress, gather, run
+from babelrs_geo.inference.run import Crew, Keep, Progress, gather, groups_of, run
 
 __all__ = [
     "DETECTED",
@@ -33,5 +33,6 @@ __all__ = [
     "Part",
     "Progress",
     "gather",
+    "groups_of",
     "run",
 ]

@@ -76,14 +76,11 @@ def gather(
     The same for every crew, in whatever order groups come back, and however many of them were kept by a run that ended
     early. Raises what the crew raises.
     """
-    tiles = list(look.grid)
-    stretch = (look.scene.width / look.grid.width, look.scene.height / look.grid.height)
-    inners = _scene_rects(tiles, stretch)
-    wanted = np.ones(len(tiles), bool) if area is None else area.touches(inners)
-    groups = look.groups(wanted)
+    groups = groups_of(look, area)
     parts = {} if keep is None else keep.parts()
     left = [group for group in groups if group.number not in parts]
-    done, total = int(wanted.sum()) - sum(len(group.tiles) for group in left), int(wanted.sum())
+    total = sum(len(group.tiles) for group in groups)
+    done = total - sum(len(group.tiles) for group in left)
 
     def tick(count: int) -> None:
         nonlocal done
@@ -97,13 +94,19 @@ def gather(
         parts[group.number] = part
         if keep is not None:
             keep.put(group.number, part)
-    return _merged(look, [parts[group.number] for group in groups], tiles, inners, area)
+    return _merged(look, [parts[group.number] for group in groups], area)
 
 
-def _merged(
-    look: Look, parts: list[Part], tiles: list[Tile], inners: NDArray[np.int64], area: Area | None
-) -> tuple[Detections, Coverage]:
+def groups_of(look: Look, area: Area | None = None) -> list[Group]:
+    """What is computed of a look: the groups of the tiles whose inner rectangle touches the area."""
+    if area is None:
+        return look.groups(np.ones(len(look.grid), bool))
+    return look.groups(area.touches(_scene_rects(look)))
+
+
+def _merged(look: Look, parts: list[Part], area: Area | None) -> tuple[Detections, Coverage]:
     """All parts as one result."""
+    tiles, inners = list(look.grid), _scene_rects(look)
     states, reasons = [OUTSIDE] * len(tiles), [""] * len(tiles)
     for part in parts:
         for index, state, reason in part.ended:
@@ -129,11 +132,12 @@ def _merged(
     return found_at, Coverage(inners, tuple(states), tuple(reasons))
 
 
-def _scene_rects(tiles: list[Tile], stretch: tuple[float, float]) -> NDArray[np.int64]:
+def _scene_rects(look: Look) -> NDArray[np.int64]:
     """Inner rectangles (N, 4) in whole scene pixels. Their edges, not their sizes, are rounded, so that
     neighbours still meet exactly and the rectangles still partition the scene.
     """
-    inners = np.array([tile.inner for tile in tiles], np.int64)
+    stretch = (look.scene.width / look.grid.width, look.scene.height / look.grid.height)
+    inners = np.array([tile.inner for tile in look.grid], np.int64)
     start = np.rint(inners[:, :2] * stretch).astype(np.int64)
     end = np.rint((inners[:, :2] + inners[:, 2:]) * stretch).astype(np.int64)
     return np.concatenate([start, end - start], axis=1)

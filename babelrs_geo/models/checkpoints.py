@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -62,7 +63,7 @@ class Header:
     """Figures on the validation split, with intervals."""
     format: int = FORMAT
 
-    @property
+    @cached_property
     def config(self) -> DetectorConfig:
         """The architecture as a configuration."""
         return DetectorConfig.from_dict(self.architecture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import io
 import json
 import os
 import sqlite3
@@ -285,8 +286,9 @@ def _write_parquet(
 ) -> None:
     told = json.dumps(provenance, ensure_ascii=False).encode()
     for draft, frame in zip(drafts, (features, coverage), strict=True):
-        frame.to_parquet(draft, index=False, write_covering_bbox=True)
-        table = pq.read_table(draft)
+        buffer = io.BytesIO()
+        frame.to_parquet(buffer, index=False, write_covering_bbox=True, compression=None)
+        table = pq.read_table(buffer)
         metadata = {**(table.schema.metadata or {}), PROVENANCE_KEY: told}
         pq.write_table(table.replace_schema_metadata(metadata), draft, compression="zstd")
 
