@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import pyproj
 import rasterio
-from numba import njit
 from numpy.typing import NDArray
 from rasterio.session import DummySession
 from rasterio.windows import Window
 
 from babelrs_geo.errors import GeorefError, OutputError, ParameterError
 from babelrs_geo.georef import Georef
+from babelrs_geo.kernels import compiled
 from babelrs_geo.scenes import Scene, SceneOptions, open_scene
 from babelrs_geo.sensors import Radiometry, Sensor, magnitude
 
@@ -217,7 +217,7 @@ def _from_mean(how: Radiometry, planes: Floats) -> Floats:
     return (unit - (how.offset[0] if how.offset else 0.0)) / (how.scale[0] if how.scale else 1.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _gather(planes, valid, sx, sy, rx, ry, out, share):  # type: ignore[no-untyped-def]
     """Sums under a triangle of half-widths rx, ry at places (sx, sy), weights in all 1, of valid pixels only."""
     rows, columns = valid.shape

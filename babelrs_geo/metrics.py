@@ -24,9 +24,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from babelrs_geo.boxes import Floats, areas, compiled, rotated_iou
+from babelrs_geo.boxes import Floats, areas, rotated_iou
 from babelrs_geo.detections import Detections
 from babelrs_geo.errors import ParameterError
+from babelrs_geo.kernels import compiled
 
 Interpolation = Literal["voc", "coco"]
 

@@ -30,7 +30,10 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from numpy.typing import NDArray
+from rasterio._env import set_gdal_config
 from rasterio.windows import Window
+
+from babelrs_geo.tiling import Grid
 
 TILE, STEP, TEXTURE = 640, 512, 2048
 SENSORS = {"rgb": "rgb", "sar": "sar", "counts": "ir", "strips": "rgb"}
@@ -38,6 +41,8 @@ WAYS = {
     "plain": "rasterio windows, 1 thread",
     "blocks-1": "every block once, 1 thread",
     "blocks-2": "every block once, 2 threads",
+    "floor-1": "every block once, a tile filled with a number after each, 1 thread",
+    "floor-2": "every block once, a tile filled with a number after each, 2 threads",
     "visit-1": "every tile as model input, 1 thread",
     "visit-2": "every tile as model input, 2 threads",
     "run-2": "the same through inference.run, 2 readers",
@@ -115,9 +120,13 @@ def plain_windows(path: str) -> float:
         return time.perf_counter() - before
 
 
-def every_block(path: str, threads: int) -> float:
-    """Seconds to read the file by its blocks (strips: 64 at once), each once, a handle a thread."""
+def every_block(path: str, threads: int, *, filled: bool = False) -> float:
+    """Seconds to read the file by its blocks (strips: 64 at once), each once, a handle a thread. `filled`: into one
+    array a thread, past GDAL's cache, with as many tiles of float32 filled as there are: less cannot be done.
+    """
     own = threading.local()
+    if filled:
+        set_gdal_config("GDAL_CACHEMAX", 8 << 20)
     with rasterio.open(path) as file:
         down, across = file.block_shapes[0]
         down = down if across < file.width else 64
@@ -126,15 +135,22 @@ def every_block(path: str, threads: int) -> float:
             for y in range(0, file.height, down)
             for x in range(0, file.width, across)
         ]
+        tiles = len(Grid(file.width, file.height, TILE, TILE - STEP)) if filled else 0
 
-    def read(window: Window) -> None:
+    def read(number: int) -> None:
         if not hasattr(own, "file"):
             own.file = rasterio.open(path)
-        own.file.read(window=window)
+            own.block = np.empty((own.file.count, down, across), own.file.dtypes[0])
+            own.tile = np.empty((3, TILE, TILE), np.float32)
+        window = windows[number]
+        part = own.block[:, : window.height, : window.width] if filled else None
+        own.file.read(window=window, out=part)
+        for _ in range((number + 1) * tiles // len(windows) - number * tiles // len(windows)):
+            own.tile.fill(number)
 
     before = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(read, windows):
+        for _ in pool.map(read, range(len(windows))):
             pass
     return time.perf_counter() - before
 
@@ -142,7 +158,6 @@ def every_block(path: str, threads: int) -> float:
 def every_tile(path: str, sensor: str, threads: int) -> tuple[float, float]:
     """Seconds to open the scene, and to visit every tile of its grid by `Scene.read`."""
     from babelrs_geo.scenes import Pixels, open_scene
-    from babelrs_geo.tiling import Grid
 
     before = time.perf_counter()
     with open_scene(path, sensor) as scene, ThreadPoolExecutor(threads) as pool:
@@ -187,8 +202,8 @@ def measure(way: str, path: str, sensor: str) -> dict[str, float]:
     opening, (name, _, threads) = 0.0, way.partition("-")
     if name == "plain":
         seconds = plain_windows(path)
-    elif name == "blocks":
-        seconds = every_block(path, int(threads))
+    elif name in ("blocks", "floor"):
+        seconds = every_block(path, int(threads), filled=name == "floor")
     else:
         visit = every_tile if name == "visit" else every_batch
         opening, seconds = visit(path, sensor, int(threads))

@@ -23,8 +23,9 @@ from babelrs_geo.detections import Detections
 from babelrs_geo.errors import SceneError
 from babelrs_geo.inference import InferenceOptions, run
 from babelrs_geo.scenes import SceneOptions, open_scene, reader
-from babelrs_geo.scenes.blocks import STORE, Key, Piece, Store
-from babelrs_geo.scenes.develop import develop
+from babelrs_geo.scenes.blocks import STORE, Key, Mosaic, Patch, Piece, Store
+from babelrs_geo.scenes.develop import develop, develop_mosaic
+from babelrs_geo.scenes.memory import Memory
 from babelrs_geo.sensors import Radiometry, Sensor
 from babelrs_geo.tiling import Grid
 
@@ -184,6 +185,14 @@ def test_a_damaged_block_fails_no_window_but_those_on_it(make_raster, monkeypatc
         assert scene.read((0, 32, 96, 16)).valid.all()  # on the same piece
         with pytest.raises(SceneError, match="x 10, y 10, 8 by 8"):
             scene.read((10, 10, 8, 8))
+        STORE.forget(scene._reader._token)
+        windows = [(10, 10, 8, 8), (0, 32, 96, 16), (32, 0, 64, 96)]
+        with scene.expecting(windows):
+            for window in windows[1:]:
+                assert scene.read(window).valid.all()
+            with pytest.raises(SceneError):
+                scene.read(windows[0])
+            assert not STORE._expected and STORE._bytes == 0  # a read that failed was a read
 
 
 def test_who_waits_for_a_piece_that_fails_is_told():
@@ -197,6 +206,58 @@ def test_who_waits_for_a_piece_that_fails_is_told():
         store.fetch([key], fail)
     piece = Piece(np.zeros((1, 2, 2)), None)
     assert store.fetch([key], lambda keys: [piece]) == [piece]  # and may be tried again
+
+
+def test_memory_comes_back_once_no_view_of_it_is_left():
+    memory = Memory(limit=1 << 20)
+    shape = (3, 200, 200)
+    first, second = memory.empty(shape, np.float32), memory.empty(shape, np.float32)
+    place = first.ctypes.data
+    assert first.flags.c_contiguous and first.flags.writeable and place != second.ctypes.data
+    view = first[0, 5:]
+    del first
+    assert memory.empty(shape, np.float32).ctypes.data not in (place, second.ctypes.data)
+    del view
+    again = memory.empty(shape, np.float32), memory.empty((6, 100, 200), np.int32)
+    assert place in {each.ctypes.data for each in again}
+    assert len({each.ctypes.data for each in (*again, second)}) == 3
+    del again, second
+    for side in range(200, 300):  # sizes that never come again
+        memory.empty((3, side, side), np.float32)
+        assert memory._bytes == sum(n * len(held) for n, held in memory._free.items()) <= 1 << 20
+    assert not memory._lent
+
+
+def test_threads_are_never_given_the_same_memory():
+    memory = Memory()
+
+    def fill(number):
+        for _ in range(200):
+            array = memory.empty((128, 256), np.int32)
+            array[:] = number
+            view = array[3:]
+            del array
+            assert (view == number).all()
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(fill, range(4)))
+
+
+def test_images_are_the_callers_own(make_raster, small_pieces):
+    pixels = noise(400, 300)
+    layout = {"tiled": True, "blockxsize": 16, "blockysize": 16}
+    with open_scene(make_raster(pixels, colours=RGB, creation=layout)) as scene:
+        first = scene.read((10, 20, 200, 200))
+        kept = first.image.copy()
+        first.image[:] = -1
+        first.valid[:] = False
+        second = scene.read((10, 20, 200, 200))
+        np.testing.assert_array_equal(second.image, kept)
+        assert second.valid.all() and (first.image == -1).all()
+        out = np.zeros((200, 3, 200), np.float32).transpose(1, 0, 2)  # not in the order of memory
+        assert scene.read((10, 20, 200, 200), out=out).image is out
+        np.testing.assert_array_equal(out, kept)
 
 
 KINDS = [
@@ -238,6 +299,11 @@ def test_one_pass_gives_the_bits_of_the_radiometry(kind, dtype, scaled, seed):
     out = np.full((3, 9, 11), 7, np.float32)
     with np.errstate(invalid="ignore"):
         assert develop(radiometry, raw, valid, out).tobytes() == radiometry.apply(raw, valid).tobytes()
+        seen = np.ones_like(valid)
+        every = Patch(Piece(np.nan_to_num(raw), None), (2, 3), (0, 0), (7, 8))
+        if develop_mosaic(radiometry, Mosaic(7, 8, (every,)), out[:, :7, :8]):
+            wanted = radiometry.apply(every.piece.raw, seen)[:, 2:, 3:]
+            assert out[:, :7, :8].tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])

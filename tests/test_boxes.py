@@ -203,7 +203,7 @@ def package_without_cache(folder: Path) -> Path:
     source = Path(boxes.__file__).parent
     package.mkdir()
     (package / "__init__.py").write_text("")
-    for name in ("errors.py", "boxes.py"):
+    for name in ("errors.py", "kernels.py", "boxes.py"):
         (package / name).write_bytes((source / name).read_bytes())
     (package / "__pycache__").write_text("")
     return folder

@@ -296,6 +296,23 @@ def test_memory_is_bounded_reads_never_run_further_ahead_than_asked():
     assert worst <= 4 + 2 + 2 + 4
 
 
+def test_reading_goes_on_while_the_detector_computes():
+    scene = scene_of(300, 300, [])
+    options = InferenceOptions(batch=2, readers=1, ahead=4)
+    seen = []
+
+    def slow(images):
+        ahead = len(seen) * 2 + 2 + options.ahead  # what is in hand, and as many tiles more as may wait
+        until = time.monotonic() + 10
+        while len(scene.reads) < min(ahead, 20) and time.monotonic() < until:
+            time.sleep(0.001)
+        seen.append(len(scene.reads) >= min(ahead, 20))
+        return nothing(images)
+
+    run(scene, slow, grid_of(scene), options=options)
+    assert all(seen)
+
+
 def test_nothing_readable_is_an_error_that_tells_why():
     scene = scene_of()
     grid = grid_of(scene)

@@ -36,6 +36,7 @@ from babelrs_geo.datasets.ground import PIXELS, GroundOptions
 from babelrs_geo.datasets.samples import check, collate
 from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.errors import GeorefError, LabelError, ParameterError, SceneError
+from babelrs_geo.scenes.blocks import STORE
 
 # Python 3.12 warns where a loader's workers are forked from a process with threads
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -137,6 +138,15 @@ def test_torchgeos_samplers_run_unmodified(make_raster):
     )
     shapes = [batch["ir"]["image"].shape for batch in loader]
     assert shapes == [(3, 3, 16, 16)] * 3
+
+
+def test_samples_that_overlap_decode_each_block_once(make_raster):
+    path = make_raster(noise(1024, 1536), creation={"tiled": True, "blockxsize": 512, "blockysize": 512})
+    dataset = SceneDataset([path], "sar")
+    before = STORE.decoded
+    windows = [dataset[query]["window"] for query in GridGeoSampler(dataset, 300, 200)]
+    assert len(windows) > 20
+    assert STORE.decoded - before == 6
 
 
 def test_region_and_time_of_interest(make_raster):

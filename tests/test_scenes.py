@@ -22,7 +22,8 @@ from rasterio.transform import Affine
 from babelrs_geo.errors import BabelError, ParameterError, SceneError, SensorError
 from babelrs_geo.scenes import SceneOptions, open_scene
 from babelrs_geo.scenes.collar import find
-from babelrs_geo.scenes.reader import CACHE_MB, LARGE_CACHE_MB, gdal, gdal_path
+from babelrs_geo.scenes.facts import gdal_path
+from babelrs_geo.scenes.reader import CACHE_MB, LARGE_CACHE_MB, gdal
 from babelrs_geo.sensors import Radiometry, Sensor
 from babelrs_geo.tiling import Grid
 

@@ -126,7 +126,7 @@ def _local(path: Path, stack: ExitStack) -> _Product:
 
 
 def _remote(address: str, stack: ExitStack) -> _Product:
-    from babelrs_geo.scenes.reader import gdal_path
+    from babelrs_geo.scenes.facts import gdal_path
 
     folder = _folder_of(address)
     if folder is None:

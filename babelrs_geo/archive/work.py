@@ -234,7 +234,7 @@ class Detection:
 
 def shown(reason: str, task: Task) -> str:
     """A reason in one line that holds nothing secret."""
-    from babelrs_geo.scenes.reader import gdal_path
+    from babelrs_geo.scenes.facts import gdal_path
 
     secrets = {}
     if task.path != task.source:

@@ -28,6 +28,7 @@ from babelrs_geo.errors import ParameterError
 from babelrs_geo.inference.coverage import EMPTY, FAILED, INVALID
 from babelrs_geo.merging import MergeOptions
 from babelrs_geo.scenes import Pixels, Scene
+from babelrs_geo.scenes.memory import MEMORY
 from babelrs_geo.tiling import Grid, Tile
 
 GROUP = 8
@@ -169,9 +170,9 @@ class Look:
     def _read_ahead(self, pool: ThreadPoolExecutor, tiles: Iterator[Tile]) -> Iterator[_Read]:
         """The tiles with their pixels, in the order given, at most `ahead` of them read before they are asked for."""
 
-        def read(tile: Tile, image: NDArray[np.float32]) -> _Read:
+        def read(tile: Tile, sheet: NDArray[np.float32], place: int) -> _Read:
             try:
-                return _Read(tile, self.scene.read(tile.outer, self.scale, image))
+                return _Read(tile, self.scene.read(tile.outer, self.scale, sheet[place]), sheet=sheet)
             except OSError as error:  # SceneError and rasterio's own: this tile is lost, not the run
                 return _Read(tile, None, " ".join(str(error).split()) or type(error).__name__)
 
@@ -180,11 +181,9 @@ class Look:
             if len(waiting) >= self.options.ahead:
                 yield waiting.popleft().result()
             place = number % self.options.batch
-            if (
-                place == 0
-            ):  # tiles are read to where their batch will be, if all before them have a valid pixel
-                sheet = np.empty((self.options.batch, 3, *_input_size(self.grid)), np.float32)
-            waiting.append(pool.submit(read, tile, sheet[place]))
+            if place == 0:  # tiles are read to where their batch will be
+                sheet = MEMORY.empty((self.options.batch, 3, *_input_size(self.grid)), np.float32)
+            waiting.append(pool.submit(read, tile, sheet, place))
         while waiting:
             yield waiting.popleft().result()
 
@@ -214,6 +213,7 @@ class _Read:
     tile: Tile
     pixels: Pixels | None
     reason: str = ""
+    sheet: NDArray[np.float32] | None = None  # what it was read into: a place for each tile of a batch
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,8 @@ def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
 def _batch(slots: list[_Read], size: tuple[int, int], batch: int) -> _Batch:
     """Images side by side: where they were read to, if that is one batch, else a copy."""
     shown = [None if read.pixels is None else read.pixels.image for read in slots]
-    sheet = None if shown[0] is None else shown[0].base
-    if sheet is not None and len(slots) == batch and sheet.shape == (batch, 3, *size):
+    sheet = slots[0].sheet
+    if sheet is not None and len(slots) == batch:
         placed = (one is not None and np.may_share_memory(one, sheet[n]) for n, one in enumerate(shown))
         if all(placed):
             return _Batch(sheet, tuple(slots))

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from babelrs_geo.boxes import Floats, bounds, compiled, direction, overlap
+from babelrs_geo.boxes import Floats, bounds, direction, overlap
+from babelrs_geo.kernels import compiled
 
 Ints = NDArray[np.int64]
 

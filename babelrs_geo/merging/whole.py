@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from babelrs_geo.boxes import Floats, areas, bounds, clip, compiled
+from babelrs_geo.boxes import Floats, areas, bounds, clip
 from babelrs_geo.detections import Detections, order
+from babelrs_geo.kernels import compiled
 from babelrs_geo.merging.neighbours import Ints, Pairs, keep, lying_together
 from babelrs_geo.merging.options import MergeOptions
 

@@ -14,10 +14,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from babelrs_geo.scenes.memory import MEMORY
 
 LIMIT = 256 << 20
 """Bytes of pieces held at most, and twice that while threads still use what was dropped."""
@@ -46,10 +49,67 @@ class Piece:
     valid: NDArray[np.bool_] | None
     """(y, x) declared validity; None where every pixel is valid."""
 
+    @cached_property
+    def darkest(self) -> Any:
+        """The least of what is the largest magnitude among a pixel's bands; NaN where a number is NaN."""
+        dark = self.raw if self.raw.dtype.kind == "u" else np.abs(self.raw)
+        return (dark[0] if len(dark) == 1 else dark.max(axis=0)).min()
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
         return self.raw.nbytes + (0 if self.valid is None else self.valid.nbytes)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A part of a piece and where it lies in a window; places and sizes are `(y, x)`."""
+
+    piece: Piece
+    there: tuple[int, int]
+    """Its upper left corner in the piece."""
+    here: tuple[int, int]
+    """The same in the window."""
+    size: tuple[int, int]
+
+    @property
+    def slices(self) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """In the piece, and in the window."""
+        rows, columns = self.size
+        there, here = ((slice(y, y + rows), slice(x, x + columns)) for y, x in (self.there, self.here))
+        return there, here
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """A window as the patches that cover it, not yet put together."""
+
+    height: int
+    width: int
+    patches: tuple[Patch, ...]
+    shared: bool = True
+    """False where the window is one piece that nobody else has."""
+
+    def whole(self) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Raw numbers `(band, y, x)` and validity `(y, x)`: the caller's own."""
+        first = self.patches[0].piece.raw
+        if not self.shared:
+            return first, self.valid()
+        raw = np.empty((len(first), self.height, self.width), first.dtype)
+        for patch in self.patches:
+            there, here = patch.slices
+            raw[:, *here] = patch.piece.raw[:, *there]
+        return raw, self.valid()
+
+    def valid(self) -> NDArray[np.bool_]:
+        """Validity `(y, x)`: the caller's own."""
+        valid = MEMORY.empty((self.height, self.width), bool)
+        valid[:] = True
+        for patch in self.patches:
+            if patch.piece.valid is not None:
+                there, here = patch.slices
+                valid[here] = patch.piece.valid[there]
+        return valid
 
 
 Decode = Callable[[Sequence[Key]], Sequence[Piece]]
@@ -110,10 +170,11 @@ class Store:
                 future.set_result(piece)
                 if self._held.get(key) is future:
                     self._bytes += piece.nbytes
-            for key in [key for key, future in self._held.items() if future.done()]:
-                if self._bytes <= self.limit:
-                    break
-                self._drop(key)
+            if self._bytes > self.limit:
+                for key in [key for key, future in self._held.items() if future.done()]:
+                    self._drop(key)
+                    if self._bytes <= self.limit:
+                        break
 
     def expect(self, keys: Iterable[Key], nbytes: int) -> set[Key]:
         """Announce reads of pieces of about `nbytes`, in the order in which they will be: one for each time a key is

@@ -21,8 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from babelrs_geo.kernels import compiled
 
 LATTICE = 8192  # cells a side at most
 SMEAR = 8  # pixels a lossy block reaches, and the 8-bit values it smears black to
@@ -60,6 +61,15 @@ class Collar:
             return None
         bits = np.unpackbits(cells, axis=1)
         return bits[np.ix_(r - r.min(), c - first * 8)].astype(bool)
+
+    def meets(self, window: tuple[int, int, int, int]) -> bool:
+        """False where no pixel of a window `(x, y, w, h)` of the scene can be collar."""
+        if not self.packed:
+            return False
+        x, y, w, h = window
+        rows = slice(y // self.cell, (y + h - 1) // self.cell + 1)
+        columns = slice(x // self.cell // 8, (x + w - 1) // self.cell // 8 + 1)
+        return bool(self._cells[rows, columns].any())
 
     @property
     def _cells(self) -> NDArray[np.uint8]:
@@ -140,7 +150,7 @@ def _dilated(mask: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:
     return mask
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _grow(state, r0, r1, c0, c1):  # type: ignore[no-untyped-def]  # numba infers
     """Flood the black cells of one block from the scene's border and from flooded cells just outside the
     block.

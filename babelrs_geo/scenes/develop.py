@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from babelrs_geo.kernels import compiled
+from babelrs_geo.scenes.blocks import Mosaic, Patch, Piece
 from babelrs_geo.sensors import Radiometry
 
 _LINEAR = {"amplitude", "kelvin", "centikelvin", "celsius", "counts", "reflectance", "uint8"}
+_NONE = np.zeros((1, 1), bool)  # in place of a mask
+
+Kernel = Callable[[NDArray[Any], NDArray[np.bool_], bool, tuple[int, ...], NDArray[np.float32]], None]
+"""Called with raw numbers (band, y, x), a mask (y, x), whether it counts, a place, and the output (3, y, x). The place
+is `(y, x)` in the first two, `(y, x)` in the output, rows and columns. Arrays are contiguous: loops become vector code.
+"""
+
+_vectorised = partial(compiled, error_model="numpy")  # else each division looks for a zero, number by number
 
 
 def develop(
@@ -25,75 +35,172 @@ def develop(
     """
     if out is None:
         out = np.empty((3, *valid.shape), np.float32)
-    number = raw.dtype
-    if radiometry.is_exact and number in (np.uint8, np.float32):
-        _bytes(raw, valid, out)
-    elif number.kind in "ui" and number.itemsize <= 2:
-        _look_up(raw, valid, *_table(radiometry, number.str), out)
-    elif number == np.float32 and not radiometry.is_exact and radiometry.kind in _LINEAR | {"intensity"}:
-        bands = len(raw)
-        scale, offset = radiometry.scale or (1.0,) * bands, radiometry.offset or (0.0,) * bands
-        low, high = np.array(radiometry.low), np.array(radiometry.high)
-        root = radiometry.kind == "intensity"
-        if root:
-            low, high = np.sqrt(np.maximum(low, 0.0)), np.sqrt(np.maximum(high, 0.0))
-        scaled = bool(radiometry.scale or radiometry.offset)
-        factors = np.array([scale, offset, low, high - low])
-        _stretch(raw, valid, factors, scaled, root, out)
-    else:
+    high, wide = valid.shape
+    piece = Piece(np.ascontiguousarray(raw), np.ascontiguousarray(valid))
+    if not develop_mosaic(radiometry, Mosaic(high, wide, (Patch(piece, (0, 0), (0, 0), (high, wide)),)), out):
         out[:] = radiometry.apply(raw, valid)
     return out
 
 
+def develop_mosaic(radiometry: Radiometry, mosaic: Mosaic, out: NDArray[np.float32]) -> bool:
+    """The same straight from the pieces of a window; False, and nothing done, where numbers of this kind have no such
+    pass.
+    """
+    kernel = _kernel(radiometry, mosaic.patches[0].piece.raw.dtype.str)
+    if kernel is None:
+        return False
+    whole = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+    for patch in mosaic.patches:
+        valid = patch.piece.valid
+        mask, masked = (_NONE, False) if valid is None else (valid, True)
+        kernel(patch.piece.raw, mask, masked, (*patch.there, *patch.here, *patch.size), whole)
+    if whole is not out:
+        out[:] = whole
+    return True
+
+
 @lru_cache(maxsize=8)
-def _table(radiometry: Radiometry, dtype: str) -> tuple[NDArray[np.float32], int]:
-    """Model input (band, number) of every number of an integer type, and the number that comes first."""
-    limits = np.iinfo(dtype)
-    every = np.arange(limits.min, limits.max + 1).astype(dtype)
-    shown = np.broadcast_to(every, (len(radiometry.bands), 1, len(every)))
-    return radiometry.apply(shown, np.ones((1, len(every)), bool))[:, 0], int(limits.min)
+def _kernel(radiometry: Radiometry, dtype: str) -> Kernel | None:
+    """One pass for numbers of this type; None where there is none."""
+    number = np.dtype(dtype)
+    if radiometry.is_exact and number in (np.uint8, np.float32):
+        return _bytes
+    if number.kind in "ui" and number.itemsize <= 2:
+        limits = np.iinfo(number)
+        every = np.arange(limits.min, limits.max + 1).astype(number)
+        shown = np.broadcast_to(every, (len(radiometry.bands), 1, len(every)))
+        table = radiometry.apply(shown, np.ones((1, len(every)), bool))[:, 0]
+        return _with(_look_up, np.ascontiguousarray(table), int(limits.min))
+    if number == np.float32 and not radiometry.is_exact and radiometry.kind in _LINEAR | {"intensity"}:
+        bands = len(radiometry.bands)
+        scale, offset = radiometry.scale or (1.0,) * bands, radiometry.offset or (0.0,) * bands
+        low, high = np.array(radiometry.low), np.array(radiometry.high)
+        if radiometry.kind == "intensity":
+            low, high = np.sqrt(np.maximum(low, 0.0)), np.sqrt(np.maximum(high, 0.0))
+        factors = np.array([scale, offset, low, high - low])
+        scaled = bool(radiometry.scale or radiometry.offset)
+        return _with(_roots if radiometry.kind == "intensity" else _lines, factors, scaled)
+    return None
 
 
-@njit(cache=True, nogil=True)
-def _bytes(raw, valid, out):  # type: ignore[no-untyped-def]  # numba infers
+def _with(kernel: Callable[..., None], *more: Any) -> Kernel:
+    def call(*given: Any) -> None:
+        kernel(*given, *more)
+
+    return call
+
+
+# A grey number goes to its three channels at once: stores then hide behind the arithmetic of the next numbers.
+
+
+@_vectorised
+def _rows(y, place, out):  # type: ignore[no-untyped-def]  # numba infers
+    """Row `y` of a place in the three channels."""
+    row, start, stop = place[2] + y, place[3], place[3] + place[5]
+    return out[0, row, start:stop], out[1, row, start:stop], out[2, row, start:stop]
+
+
+@_vectorised
+def _finish(y, valid, place, out):  # type: ignore[no-untyped-def]
+    """Zero where row `y` of a place is not valid."""
+    top, left, _, _, _, wide = place
+    seen = valid[top + y, left : left + wide]
+    for here in _rows(y, place, out):
+        for x in range(wide):
+            here[x] = here[x] if seen[x] else np.float32(0.0)
+
+
+@_vectorised
+def _byte(number):  # type: ignore[no-untyped-def]
+    value = np.float32(number) / np.float32(255.0)
+    return min(max(value, np.float32(0.0)), np.float32(1.0))
+
+
+@_vectorised
+def _bytes(raw, valid, masked, place, out):  # type: ignore[no-untyped-def]
     """`x / 255`, within [0, 1]: resampled bytes may ring past the range."""
-    top = np.float32(255.0)
-    for y in range(raw.shape[1]):
-        for b in range(raw.shape[0]):
-            for x in range(raw.shape[2]):
-                value = np.float32(raw[b, y, x]) / top
-                value = np.float32(0.0) if value < np.float32(0.0) else value
-                value = np.float32(1.0) if value > np.float32(1.0) else value
-                out[b, y, x] = value if valid[y, x] else np.float32(0.0)
-        for b in range(raw.shape[0], 3):
-            out[b, y] = out[0, y]
+    top, left, _, _, high, wide = place
+    for y in range(high):
+        first, second, third = _rows(y, place, out)
+        there = raw[0, top + y, left : left + wide]
+        if raw.shape[0] == 1:
+            for x in range(wide):
+                first[x] = second[x] = third[x] = _byte(there[x])
+        else:
+            for b, here in enumerate((first, second, third)):
+                there = raw[b, top + y, left : left + wide]
+                for x in range(wide):
+                    here[x] = _byte(there[x])
+        if masked:
+            _finish(y, valid, place, out)
 
 
-@njit(cache=True, nogil=True)
-def _look_up(raw, valid, table, first, out):  # type: ignore[no-untyped-def]
-    for y in range(raw.shape[1]):
-        for b in range(raw.shape[0]):
-            for x in range(raw.shape[2]):
-                out[b, y, x] = table[b, np.int64(raw[b, y, x]) - first] if valid[y, x] else np.float32(0.0)
-        for b in range(raw.shape[0], 3):
-            out[b, y] = out[0, y]
+@_vectorised
+def _look_up(raw, valid, masked, place, out, table, least):  # type: ignore[no-untyped-def]
+    """Model input (band, number) of every number from `least` on."""
+    top, left, _, _, high, wide = place
+    for y in range(high):
+        first, second, third = _rows(y, place, out)
+        there = raw[0, top + y, left : left + wide]
+        if raw.shape[0] == 1:
+            for x in range(wide):
+                first[x] = second[x] = third[x] = table[0, np.uint64(np.int64(there[x]) - least)]
+        else:
+            for b, here in enumerate((first, second, third)):
+                there = raw[b, top + y, left : left + wide]
+                for x in range(wide):
+                    here[x] = table[b, np.uint64(np.int64(there[x]) - least)]
+        if masked:
+            _finish(y, valid, place, out)
 
 
-@njit(cache=True, nogil=True)
-def _stretch(raw, valid, factors, scaled, root, out):  # type: ignore[no-untyped-def]
-    """float64 inside, as `Radiometry` has it; factors (4, band): scale, offset, low, high - low."""
-    for y in range(raw.shape[1]):
-        for b in range(raw.shape[0]):
-            scale, offset, low, span = factors[0, b], factors[1, b], factors[2, b], factors[3, b]
-            for x in range(raw.shape[2]):
-                value = np.float64(raw[b, y, x]) if valid[y, x] else 0.0
-                if scaled:
-                    value = value * scale + offset
-                if root:
-                    value = np.sqrt(value) if value > 0.0 else 0.0
-                value = (value - low) / span
-                value = 0.0 if value < 0.0 else value
-                value = 1.0 if value > 1.0 else value
-                out[b, y, x] = np.float32(value) if valid[y, x] else np.float32(0.0)
-        for b in range(raw.shape[0], 3):
-            out[b, y] = out[0, y]
+@_vectorised
+def _line(number, scale, offset, low, span, scaled):  # type: ignore[no-untyped-def]
+    """float64 inside, as `Radiometry` has it."""
+    value = np.float64(number)
+    if scaled:
+        value = value * scale + offset
+    return np.float32(min(max((value - low) / span, 0.0), 1.0))
+
+
+@_vectorised
+def _root(number, scale, offset, low, span, scaled):  # type: ignore[no-untyped-def]
+    value = np.float64(number)
+    if scaled:
+        value = value * scale + offset
+    return np.float32(min(max((np.sqrt(max(value, 0.0)) - low) / span, 0.0), 1.0))
+
+
+@_vectorised
+def _lines(raw, valid, masked, place, out, factors, scaled):  # type: ignore[no-untyped-def]
+    """Stretched by factors (4, band): scale, offset, low, high - low."""
+    top, left, _, _, high, wide = place
+    for y in range(high):
+        first, second, third = _rows(y, place, out)
+        there = raw[0, top + y, left : left + wide]
+        scale, offset, low, span = factors[0, 0], factors[1, 0], factors[2, 0], factors[3, 0]
+        if raw.shape[0] == 1:
+            for x in range(wide):
+                first[x] = second[x] = third[x] = _line(there[x], scale, offset, low, span, scaled)
+        else:
+            for b, here in enumerate((first, second, third)):
+                there = raw[b, top + y, left : left + wide]
+                scale, offset, low, span = factors[0, b], factors[1, b], factors[2, b], factors[3, b]
+                for x in range(wide):
+                    here[x] = _line(there[x], scale, offset, low, span, scaled)
+        if masked:
+            _finish(y, valid, place, out)
+
+
+@_vectorised
+def _roots(raw, valid, masked, place, out, factors, scaled):  # type: ignore[no-untyped-def]
+    """The same of square roots, for the one band of SAR."""
+    top, left, _, _, high, wide = place
+    scale, offset, low, span = factors[0, 0], factors[1, 0], factors[2, 0], factors[3, 0]
+    for y in range(high):
+        first, second, third = _rows(y, place, out)
+        there = raw[0, top + y, left : left + wide]
+        for x in range(wide):
+            first[x] = second[x] = third[x] = _root(there[x], scale, offset, low, span, scaled)
+        if masked:
+            _finish(y, valid, place, out)

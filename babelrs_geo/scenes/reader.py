@@ -14,24 +14,21 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from rasterio._env import set_gdal_config
-from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.session import DummySession
 from rasterio.windows import Window
 
 from babelrs_geo.errors import SceneError
-from babelrs_geo.georef import Georef
-from babelrs_geo.scenes.blocks import LIMIT, STORE, Key, Piece
-from babelrs_geo.sensors import Bands
+from babelrs_geo.scenes.blocks import LIMIT, STORE, Key, Mosaic, Patch, Piece
+from babelrs_geo.scenes.facts import Facts, exists, facts_of, gdal_path
+from babelrs_geo.scenes.memory import MEMORY
 
 CACHE_MB = 8
 """GDAL's block cache where pieces are whole blocks of the file."""
@@ -60,63 +57,7 @@ _OPTIONS = {  # an environment variable of the same name wins
     "GDAL_INGESTED_BYTES_AT_OPEN": 1 << 16,  # the header of most remote files in one request
 }
 _SIDECARS = ".tif,.tiff,.aux.xml,.msk,.ovr,.tfw,.rpb,_rpc.txt"  # what a remote GeoTIFF is asked for
-_SCHEMES = {  # how GDAL names what a browser or a cloud client names by URL
-    "http://": "/vsicurl/http://",
-    "https://": "/vsicurl/https://",
-    "ftp://": "/vsicurl/ftp://",
-    "s3://": "/vsis3/",
-    "gs://": "/vsigs/",
-    "az://": "/vsiaz/",
-    "file://": "",
-}
-_LOSSY = {"JPEG", "YCbCr JPEG", "WEBP", "JXL", "JPEG2000"}
 _opening = threading.Lock()  # warnings.catch_warnings is not thread-safe, and opening is rare: queue for it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a raster says of itself, as plain values."""
-
-    width: int
-    height: int
-    driver: str
-    nodata: tuple[float | None, ...]
-    """Declared nodata value of each band."""
-    masked: bool
-    """True where a mask band or an alpha band declares validity."""
-    overviews: tuple[int, ...]
-    """Decimation of each overview, ascending."""
-    block: tuple[int, int]
-    """Rows and columns of a block."""
-    lossy: bool
-    """True where the stored bytes went through a lossy compression: black is then only nearly black."""
-    tags: tuple[tuple[str, str], ...]
-    """Metadata items of the default domain."""
-    bands: Bands
-    georef: Georef
-
-    def tag(self, name: str) -> str | None:
-        """The value of a metadata item, None where it is absent."""
-        return dict(self.tags).get(name)
-
-
-def gdal_path(path: str | os.PathLike[str]) -> str:
-    """The name GDAL opens: URLs become its virtual file systems, files on disk absolute paths."""
-    text = os.fspath(path)
-    for scheme, prefix in _SCHEMES.items():
-        if text.lower().startswith(scheme):
-            return prefix + text[len(scheme) :]
-    on_disk = not text.startswith("/vsi") and _exists(text)  # else a GDAL connection string, or a mistake
-    return str(Path(text).absolute()) if on_disk else text
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except OSError:  # longer than a file name may be: inline XML of a VRT, say
-        return False
-
-
 _cache_mb = 0
 
 
@@ -165,7 +106,7 @@ class Reader:
         self.path = gdal_path(path)
         self._reset()
         with gdal(**_remote(self.path)):
-            self.facts = _facts(self._dataset(None), self.given, height, dem)
+            self.facts = facts_of(self._dataset(None), self.given, height, dem)
         if self.facts.driver == "VRT" or _bytes_of(self.facts, *self.facts.block) > _LARGEST_BLOCK:
             _bound_cache(LARGE_CACHE_MB)
 
@@ -264,37 +205,53 @@ class Reader:
         differs from nodata in at least one (a colour may well hold the number that means nodata in another
         band), and is not masked or transparent; with `judged`, some of `bands`, these alone decide.
         """
+        return self.mosaic(bands, window, level, judged).whole()
+
+    def mosaic(
+        self,
+        bands: tuple[int, ...],
+        window: tuple[int, int, int, int],
+        level: int | None = None,
+        judged: tuple[int, ...] | None = None,
+    ) -> Mosaic:
+        """What `read` gives, as the parts of pieces that the window lies on."""
         keys = self.pieces(bands, window, level, judged)
-        if not keys:
-            return self.look(bands, window, level, judged=judged)
+        found: list[Piece] = []
         try:
             found = STORE.fetch(keys, self._decode, self._along(keys))
         except SceneError:  # of a piece; the window may be whole, or else is what the message has to name
-            return self.look(bands, window, level, judged=judged)
+            pass
         finally:
             STORE.had(keys)
         x, y, w, h = window
+        if not found:
+            whole = Piece(*self._raw(bands, window, level, None, judged))
+            return Mosaic(h, w, (Patch(whole, (0, 0), (0, 0), (h, w)),), shared=False)
         rows, columns = self._level(level)[1]
-        raw = np.empty((len(bands), h, w), found[0].raw.dtype)
-        valid = np.ones((h, w), bool)
+        patches = []
         for key, piece in zip(keys, found, strict=True):
             left, top = key.column * columns, key.row * rows
             x0, x1 = max(x, left), min(x + w, left + piece.raw.shape[2])
             y0, y1 = max(y, top), min(y + h, top + piece.raw.shape[1])
-            here, there = (
-                np.s_[y0 - y : y1 - y, x0 - x : x1 - x],
-                np.s_[y0 - top : y1 - top, x0 - left : x1 - left],
-            )
-            raw[:, *here] = piece.raw[:, *there]
-            if piece.valid is not None:
-                valid[here] = piece.valid[there]
-        return raw, valid
+            patches.append(Patch(piece, (y0 - top, x0 - left), (y0 - y, x0 - x), (y1 - y0, x1 - x0)))
+        return Mosaic(h, w, tuple(patches))
+
+    def _configured(self, level: int | None) -> AbstractContextManager[None]:
+        """`gdal`, unless what it sets is of no use once this thread has the file open: it costs a tenth of a block."""
+        plain = self.facts.driver == "GTiff" and not self.facts.lossy and not self._is_remote
+        if plain and level in self._local.__dict__.get("handles", {}) and self._pid == os.getpid():
+            return nullcontext()
+        return gdal(**_remote(self.path))
+
+    @property
+    def _is_remote(self) -> bool:
+        return self.path.startswith("/vsi")
 
     def _along(self, keys: list[Key]) -> list[Key]:
         """The pieces that follow in the rows of `keys`, of a remote file: one request brings them along."""
-        if not self.path.startswith("/vsi"):
+        if not self._is_remote:
             return []
-        last = max(key.column for key in keys)
+        last = max((key.column for key in keys), default=0)
         return [
             key._replace(column=key.column + step)
             for key in keys
@@ -303,13 +260,13 @@ class Reader:
         ]
 
     def _decode(self, keys: Sequence[Key]) -> list[Piece]:
-        """Pieces of one level; those that follow one another in a row are read at once."""
+        """Pieces of one level; of a remote file, those that follow one another in a row are read at once."""
         made: dict[Key, Piece] = {}
         for key in sorted(keys, key=lambda key: (key.row, key.column)):
             if key in made:
                 continue
             run = 1
-            while key._replace(column=key.column + run) in keys:
+            while self._is_remote and key._replace(column=key.column + run) in keys:
                 run += 1
             (high, wide), (rows, columns) = self._level(key.level)
             x, y = key.column * columns, key.row * rows
@@ -348,10 +305,15 @@ class Reader:
         """What `look` gives; None where the file declares nothing, so that all is valid."""
         where, seen = Window(*window), judged or bands
         valid: NDArray[np.bool_] | None = None
-        with gdal(**_remote(self.path)):
+        size = (len(bands), *(shape or (window[3], window[2])))
+        with self._configured(level):
             try:
                 dataset = self._dataset(level)
-                raw = dataset.read(list(bands), window=where, out_shape=shape and (len(bands), *shape))
+                if all(dataset.dtypes[b - 1] == self.facts.bands.dtype for b in bands):
+                    raw = MEMORY.empty(size, self.facts.bands.dtype)
+                    dataset.read(list(bands), window=where, out=raw)
+                else:
+                    raw = dataset.read(list(bands), window=where, out_shape=size)
                 if self.facts.masked:
                     valid = dataset.read_masks(seen[0], window=where, out_shape=shape) > 0
             except (RasterioError, OSError, ValueError) as error:
@@ -361,7 +323,7 @@ class Reader:
                     "the file may be cut short or damaged: copy or download it again"
                 ) from error
         nodata = [self.facts.nodata[b - 1] for b in seen]
-        if raw.dtype.kind in "ui" and None in nodata:
+        if None in nodata and (raw.dtype.kind in "ui" or _all_finite(raw)):
             return raw, valid
         declared = _declared(raw if judged is None else raw[[bands.index(b) for b in judged]], nodata)
         return raw, declared if valid is None else valid & declared
@@ -390,6 +352,12 @@ def _piece(facts: Facts, shape: tuple[int, int], block: tuple[int, int]) -> tupl
     return min(rows, high), min(columns, wide)
 
 
+def _all_finite(raw: NDArray[Any]) -> bool:
+    """Whether all numbers are finite; perhaps False, too, where huge ones are: a look without temporaries."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(raw.sum()))
+
+
 def _declared(raw: NDArray[Any], nodata: list[float | None]) -> NDArray[np.bool_]:
     """Validity `(y, x)` by nodata values and finiteness."""
     valid = np.ones(raw.shape[1:], bool)
@@ -407,7 +375,7 @@ def _declared(raw: NDArray[Any], nodata: list[float | None]) -> NDArray[np.bool_
 
 def _open(path: str, given: str, level: int | None) -> Any:
     """A new handle. SceneError, one line, where the file is missing or no raster."""
-    if not path.startswith("/vsi") and ":" not in path and not _exists(path):
+    if not path.startswith("/vsi") and ":" not in path and not exists(path):
         raise SceneError(f"{given} does not exist; check the path")
     _bound_cache(CACHE_MB)
     options = {} if level is None else {"overview_level": level}
@@ -419,74 +387,6 @@ def _open(path: str, given: str, level: int | None) -> Any:
             raise SceneError(
                 f"{given} cannot be opened as a raster ({cause(error)}); gdalinfo tells more"
             ) from error
-
-
-def _facts(dataset: Any, given: str, height: float | None, dem: str | None) -> Facts:
-    if dataset.count == 0:
-        inside = dataset.subdatasets
-        remedy = (
-            f"pass one of its {len(inside)} subdatasets, such as {inside[0]}"
-            if inside
-            else "pass another file"
-        )
-        raise SceneError(f"{given} holds no band; {remedy}")
-    flags = dataset.mask_flag_enums
-    tags = dataset.tags()
-    structure = dataset.tags(ns="IMAGE_STRUCTURE")
-    dtypes = {
-        d for d, c in zip(dataset.dtypes, dataset.colorinterp, strict=True) if c.name != "alpha"
-    } or set(dataset.dtypes)
-    every = [*tags.items(), *(item for b in dataset.indexes for item in dataset.tags(b).items())]
-    for domain in ("IMAGERY", "EXIF"):
-        every += dataset.tags(ns=domain).items()
-    reversible = structure.get("COMPRESSION_REVERSIBILITY", "")  # JPEG 2000 and WebP say so themselves
-    compression = structure.get("COMPRESSION", "JPEG" if dataset.driver == "JPEG" else "")
-    lossy = reversible == "LOSSY" or (compression in _LOSSY and not reversible.startswith("LOSSLESS"))
-    return Facts(
-        width=dataset.width,
-        height=dataset.height,
-        driver=dataset.driver,
-        nodata=tuple(dataset.nodatavals),
-        masked=any(MaskFlags.per_dataset in f or MaskFlags.alpha in f for f in flags),
-        overviews=tuple(dataset.overviews(1)),
-        block=tuple(dataset.block_shapes[0]),
-        lossy=lossy,
-        tags=tuple((str(k), str(v)) for k, v in dict(every).items()),
-        bands=Bands(
-            dtype=str(np.result_type(*("complex64" if d == "complex_int16" else d for d in dtypes))),
-            interpretations=tuple(c.name for c in dataset.colorinterp),
-            descriptions=tuple(_description(dataset, b) for b in dataset.indexes),
-            units=tuple(u or "" for u in dataset.units),
-            tags="\n".join(f"{k}={v}" for k, v in every),
-            name=Path(given.partition("?")[0] if "://" in given else given).name,
-            scale=tuple(dataset.scales),
-            offset=tuple(dataset.offsets),
-        ),
-        georef=_georef(dataset, height, dem),
-    )
-
-
-def _description(dataset: Any, band: int) -> str:
-    """What the file calls a band; GDAL's Sentinel-1 driver has the polarisation in a metadata item."""
-    tags = dataset.tags(band)
-    return dataset.descriptions[band - 1] or tags.get("POLARISATION") or tags.get("POLARIZATION") or ""
-
-
-def _georef(dataset: Any, height: float | None, dem: str | None) -> Georef:
-    """The best georeference the file has: an affine, many GCPs, RPCs, few GCPs (mere corners), none, in this
-    order.
-    """
-    crs = dataset.crs.to_wkt() if dataset.crs else None
-    if not dataset.transform.is_identity:  # GDAL's way to say that there is none, whatever the CRS
-        return Georef.from_affine(dataset.transform, crs)
-    points, gcp_crs = dataset.gcps
-    if len(points) > 4 or (points and not dataset.rpcs):
-        return Georef.from_gcps(
-            [(p.col, p.row, p.x, p.y) for p in points], gcp_crs.to_wkt() if gcp_crs else None
-        )
-    if dataset.rpcs:
-        return Georef.from_rpcs(dataset.rpcs.to_gdal(), height, dem and gdal_path(dem))
-    return Georef()
 
 
 def cause(error: BaseException) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from babelrs_geo.kernels import compiled
 
 _STRIP_PIXELS = 1 << 23  # read at once where a far smaller scale has no overview to come from
 
@@ -130,7 +131,7 @@ def shrink(raw: NDArray[Any], valid: NDArray[np.bool_], k: int) -> tuple[NDArray
     return out, ok
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _filter(plane, rows, row_weights, columns, column_weights, out):  # type: ignore[no-untyped-def]
     """Rows, then columns of one plane (y, x) into `out`, each sum in the order of its taps."""
     wide = np.zeros((rows.shape[0], plane.shape[1]), out.dtype)

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from babelrs_geo.errors import ParameterError, SensorError
 from babelrs_geo.georef import Georef
 from babelrs_geo.scenes.acquired import acquired
-from babelrs_geo.scenes.blocks import STORE
+from babelrs_geo.scenes.blocks import STORE, Mosaic
 from babelrs_geo.scenes.collar import SMEAR, Collar, find
-from babelrs_geo.scenes.develop import develop
-from babelrs_geo.scenes.reader import Facts, Reader
+from babelrs_geo.scenes.develop import develop, develop_mosaic
+from babelrs_geo.scenes.facts import Facts
+from babelrs_geo.scenes.memory import MEMORY
+from babelrs_geo.scenes.reader import Reader
 from babelrs_geo.scenes.resample import Source
 from babelrs_geo.sensors import Radiometry, Sensor, choose_bands, choose_kind, estimate, infer, magnitude
 
@@ -203,8 +205,13 @@ class Scene:
         rows, columns = self.shape_at(scale)
         _check(window, rows, columns)
         level, source, parts = self._parts(window, rows, columns)
+        if out is None:
+            out = MEMORY.empty((3, window[3], window[2]), np.float32)
         if source is None:
-            raw, valid = self._level(window, None)
+            mosaic = self._reader.mosaic(self._bands, window)
+            if self._is_bare(window, mosaic) and develop_mosaic(self.radiometry, mosaic, out):
+                return Pixels(out, mosaic.valid())
+            raw, valid = self._uncollared(*mosaic.whole(), *_lattice(window))
         else:
             raw, valid = source.resample(self._level(part, level) for part in parts)
         return Pixels(develop(self.radiometry, raw, valid, out), valid)
@@ -262,8 +269,7 @@ class Scene:
         every = tuple(range(1, self.count + 1))
         read = self._reader.look if once else self._reader.read
         raw, valid = read(every, window, judged=self._bands)
-        columns, rows = (np.arange(start, start + n) for start, n in zip(window[:2], window[2:], strict=True))
-        return raw, self._uncollared(raw[[b - 1 for b in self._bands]], valid, rows, columns)[1]
+        return raw, self._uncollared(raw[[b - 1 for b in self._bands]], valid, *_lattice(window))[1]
 
     def find_collar(self) -> None:
         """Look for the collar now, where it is asked for, so that copies sent to other processes know it."""
@@ -422,6 +428,14 @@ class Scene:
                 valid &= ~(near & (dark <= collar.tolerance).all(axis=0))
         return raw, valid
 
+    def _is_bare(self, window: Window, mosaic: Mosaic) -> bool:
+        """True where no pixel of the window can be of the collar, from facts of its pieces alone."""
+        if not self.options.collar:
+            return True
+        if self._collar is None:
+            return all(patch.piece.darkest > self._black for patch in mosaic.patches)
+        return not self._collar.meets(window)
+
     @property
     def _black(self) -> int:
         """The largest number that is black: above 0 where lossy compression smears it."""
@@ -465,6 +479,12 @@ def _check(window: Window, rows: int, columns: int) -> None:
         raise ParameterError(
             f"window x, y, width, height {tuple(window)} is no part of a scene of {columns} by {rows} pixels"
         )
+
+
+def _lattice(window: Window) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns of a window."""
+    x, y, w, h = window
+    return np.arange(y, y + h), np.arange(x, x + w)
 
 
 def _spread(size: int) -> list[tuple[int, int]]:
