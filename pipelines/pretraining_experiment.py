@@ -7,13 +7,18 @@
 Arm by arm and seed by seed; what is done is left alone and what was stopped goes on, so the same command is run until
 nothing is left. Each arm leaves what `babelrs-geo train` leaves, in OUT/C.1; those that have seed and layers in common
 start from one encoder, which `babelrs-geo pretrain` left in OUT/pretrain.paper.1. Arms may run side by side (`--only`).
-OUT/results.json, results.md and results.png have what came out so far. `--steps` shortens everything, to try it out.
+
+What came of an arm is written to a small file in `--records` (docs/pretraining_experiment; OUT/records where `--steps`
+or another protocol is given): figures, curves, minutes and machine, and a hash of the protocol. An arm that has one is
+done, wherever it ran, so that machines may take turns. results.md and results.png beside the records are made of them
+alone. `--steps` shortens everything, to try it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import sys
@@ -36,6 +41,9 @@ from babelrs_geo.training.run import FINAL, Place, fit
 from babelrs_geo.training.settings import from_plain
 
 PROTOCOL = Path(__file__).with_suffix(".yaml")
+RECORDS = Path(__file__).parents[1] / "docs" / "pretraining_experiment"
+POINTS = 100
+"""Of a curve in a record."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int
     if arm.taps is not None:
         part = protocol["pretrain"]
         changes = [*part["set"], *short, f"seed={arm.seed}", f"model.taps={arm.taps}"]
-        place = Place(folder=out / f"pretrain.{arm.taps}.{arm.seed}", resume=True)
+        place = Place(folder=encoder(arm, out), resume=True)
         corpus, held_out = (out / f"{name}.meta.json" for name in ("instruct", "held_out"))
         if pretrain(read_pretraining(part["recipe"], changes), [corpus], place, [held_out]).stopped:
             return False
@@ -96,28 +104,48 @@ def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int
     return not fit(recipe, [data], Place(folder=out / arm.folder, resume=True)).stopped
 
 
-def outcome(arm: Arm, out: Path) -> dict[str, Any] | None:
-    """What came of an arm; None where it has not come to its end."""
-    folder = out / arm.folder
-    if not (folder / FINAL).is_file():
-        return None
-    metrics = checkpoints.read_header(folder / FINAL).metrics
-    figures = {
-        s: {k: metrics[s][k] for k in ("map", "map_interval", "ap50", "ap50_interval")} for s in arm.sensors
-    }
-    log = rows(folder / "log.csv")
-    watched = [
-        name
-        for name in log[0]
-        if name == "gradient" or name.endswith("_gradient") or name.startswith("cosine")
-    ]
-    means = {name: fmean(float(row[name]) for row in log if row[name]) for name in watched}
-    return {
+def outcome(arm: Arm, out: Path) -> dict[str, Any]:
+    """What came of an arm that has come to its end: figures, means of what the log watches, curves."""
+    header = checkpoints.read_header(out / arm.folder / FINAL)
+    shown = ("map", "map_interval", "ap50", "ap50_interval")
+    log = rows(out / arm.folder / "log.csv")
+    means = {name: fmean(float(row[name]) for row in log if row[name]) for name in log[0] if _watched(name)}
+    told = {
         "arm": arm.name,
         "seed": arm.seed,
-        "sensors": figures,
-        "h_map": metrics["h_map"],
+        "sensors": {s: {k: header.metrics[s][k] for k in shown} for s in arm.sensors},
+        "h_map": header.metrics["h_map"],
         "gradients": means,
+        "minutes_by_machine": header.training.get("minutes_by_machine", {}),
+        "curves": {name: curve(log, name) for name in ("loss", "gradient", "cosine")},
+    }
+    if arm.taps is not None:
+        judged = [row for row in rows(encoder(arm, out) / "log.csv") if row.get("val_all")]
+        told["answers"] = {name: float(v) for name, v in judged[-1].items() if name.startswith("val_") and v}
+    return told
+
+
+def _watched(name: str) -> bool:
+    return name == "gradient" or name.endswith("_gradient") or name.startswith("cosine")
+
+
+def encoder(arm: Arm, out: Path) -> Path:
+    """The run that an arm's encoder comes of."""
+    return out / f"pretrain.{arm.taps}.{arm.seed}"
+
+
+def curve(log: Sequence[Mapping[str, str]], column: str) -> dict[str, list[float]]:
+    """Steps and values of a column, or of the mean of those it begins the names of, about `POINTS` of them: each is the
+    mean of the rows since the one before.
+    """
+    names = [name for name in log[0] if name == column or name.startswith(f"{column}_")]
+    here = [row for row in log if names and all(row[name] for name in names)]
+    size = max(1, len(here) // POINTS)
+    groups = [here[i : i + size] for i in range(0, len(here), size)]
+    values = [fmean(float(row[name]) for row in group for name in names) for group in groups]
+    return {
+        "step": [int(group[-1]["step"]) for group in groups],
+        "value": [float(f"{v:.5g}") for v in values],
     }
 
 
@@ -142,36 +170,33 @@ def rows(log: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def answers(out: Path) -> str:
+def answers(results: Sequence[Mapping[str, Any]]) -> str:
     """What the encoders answer on held-out images, beside a grey image's and another's, as Markdown."""
     found = ["| encoder | sensor | right | of a grey image | of another image |", "|---|---|---|---|---|"]
-    for log in sorted(out.glob("pretrain.*/log.csv")):
-        judged = [row for row in rows(log) if row.get("val_all")]
-        for sensor in ("sar", "rgb", "ir") if judged else ():
-            told = [float(judged[-1][f"val_{sensor}{kind}"]) for kind in ("", "_blank", "_shuffled")]
-            name = log.parent.name.removeprefix("pretrain.")
-            found.append(f"| {name} | {sensor} | " + " | ".join(f"{value:.2f}" for value in told) + " |")
+    for each in results:
+        for sensor in ("sar", "rgb", "ir") if "answers" in each else ():
+            told = [each["answers"][f"val_{sensor}{kind}"] for kind in ("", "_blank", "_shuffled")]
+            found.append(
+                f"| {each['arm']}.{each['seed']} | {sensor} | {' | '.join(f'{v:.2f}' for v in told)} |"
+            )
     return "\n".join(found) + "\n"
 
 
-def draw(done: Sequence[Arm], out: Path) -> None:
-    """Loss, gradient norm and how the sensors' gradients agree, over the steps of fine-tuning, as results.png."""
+def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss, gradient norm and how the sensors' gradients agree, over the steps of fine-tuning, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     colours = dict(zip("ABC", ("#E69F00", "#56B4E9", "#009E73"), strict=True))
-    for arm in done:
-        if len(arm.sensors) == 1:
+    for each in results:
+        if len(each["sensors"]) == 1:
             continue
-        log, style = rows(out / arm.folder / "log.csv"), {"color": colours[arm.name[0]], "lw": 1}
-        style |= {"ls": "--" if arm.precision == "32" else "-", "alpha": 1.0 if arm.seed == 0 else 0.4}
-        label = arm.name if arm.seed == 0 else None
-        for panel, column in zip(panels, ("loss", "gradient", "cosine"), strict=True):
-            names = [n for n in log[0] if n == column or n.startswith(f"{column}_")]
-            here = [row for row in log if all(row[n] for n in names)]
-            mean = [fmean(float(row[n]) for n in names) for row in here]
-            panel.plot([int(row["step"]) for row in here], mean, label=label, **style)
+        style = {"color": colours[each["arm"][0]], "lw": 1, "ls": "--" if each["arm"].endswith("32") else "-"}
+        style |= {"alpha": 1.0 if each["seed"] == 0 else 0.4}
+        label = each["arm"] if each["seed"] == 0 else None
+        for panel, drawn in zip(panels, each["curves"].values(), strict=True):
+            panel.plot(drawn["step"], drawn["value"], label=label, **style)
     for panel, title in zip(
         panels, ("loss", "gradient norm", "cosine of the sensors' gradients"), strict=True
     ):
@@ -179,8 +204,9 @@ def draw(done: Sequence[Arm], out: Path) -> None:
     panels[0].set_yscale("log")
     panels[1].set_yscale("log")
     panels[2].axhline(0, color="grey", lw=0.5)
-    panels[0].legend(title="dashed: fp32")
-    figure.savefig(out / "results.png", dpi=110)
+    if any(len(each["sensors"]) > 1 for each in results):
+        panels[0].legend(title="dashed: fp32")
+    figure.savefig(path, dpi=110)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -189,16 +215,38 @@ def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def tell(every: Sequence[Arm], out: Path) -> None:
+def fingerprint(protocol: Mapping[str, Any], steps: int | None) -> str:
+    """Of all that what comes out depends on; which arms and seeds there are does not matter."""
+    same = {name: part for name, part in protocol.items() if name not in ("seeds", "arms")}
+    return hashlib.sha256(json.dumps([same, steps], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recorded(every: Sequence[Arm], records: Path, mark: str) -> dict[str, dict[str, Any]]:
+    """What came of the arms that are done, by name. ParameterError for a record of another protocol."""
+    found = {}
+    for arm in every:
+        path = records / f"{arm.folder}.json"
+        if path.is_file():
+            found[arm.folder] = json.loads(path.read_text(encoding="utf-8"))
+            if found[arm.folder]["protocol"] != mark:
+                raise ParameterError(
+                    f"{path} is of another protocol ({found[arm.folder]['protocol']}, this one is {mark}); "
+                    "name another folder with --records, or put it away"
+                )
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def tell(results: Sequence[Mapping[str, Any]], records: Path) -> None:
     """Write what came out so far."""
-    outcomes = {arm.folder: outcome(arm, out) for arm in every}
-    results = [found for found in outcomes.values() if found is not None]
-    draw([arm for arm in every if outcomes[arm.folder] is not None], out)
-    told = f"{table(results)}\n{answers(out)}"
-    for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", told)):
-        draft = out / f".{name}.{os.getpid()}"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(out / name)
+    draw(results, records / "results.png")
+    write(records / "results.md", f"{table(results)}\n{answers(results)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--protocol", type=Path, default=PROTOCOL, help="another than the one beside this file"
     )
+    parser.add_argument("--records", type=Path, help="folder of what came out")
     parser.add_argument("--only", help="some arms, such as A.0,C.1")
     parser.add_argument("--steps", type=int, help="so many in every run, to see that it runs")
     args = parser.parse_args(arguments)
@@ -224,15 +273,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"--only {args.only} names no arm; expected some of {', '.join(arm.folder for arm in every)}"
             )
         args.out.mkdir(parents=True, exist_ok=True)
+        own = args.steps is not None or args.protocol != PROTOCOL
+        records = args.records or (args.out / "records" if own else RECORDS)
+        records.mkdir(parents=True, exist_ok=True)
+        mark = fingerprint(protocol, args.steps)
         for name in ("instruct", "held_out"):
             if not (args.out / f"{name}.meta.json").exists():
                 write_corpus([args.data], args.out / f"{name}.jsonl", InstructOptions(**protocol[name]))
         for arm in chosen:
+            if arm.folder in recorded(every, records, mark):
+                continue
             if not (args.out / arm.folder / FINAL).exists() and not run(
                 arm, protocol, args.data, args.out, args.steps
             ):
                 sys.exit(f"stopped in {arm.folder}: run the same again, and it goes on")
-            tell(every, args.out)
+            record = {"protocol": mark, **outcome(arm, args.out)}
+            write(records / f"{arm.folder}.json", json.dumps(record) + "\n")
+            tell(list(recorded(every, records, mark).values()), records)
             print(f"{arm.folder} is done", flush=True)
     except BabelError as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

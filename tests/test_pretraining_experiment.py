@@ -26,10 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
     protocol = yaml.safe_load(experiment.PROTOCOL.read_text())
     every = experiment.arms(protocol)
-    assert [arm.folder for arm in every][:6] == ["A.0", "C.0", "B.0", "D.0.sar", "D.0.rgb", "D.0.ir"]
+    assert [arm.folder for arm in every][:6] == ["A.0", "A32.0", "C.0", "C32.0", "B.0", "B32.0"]
     assert [arm.folder for arm in every if arm.precision == "32"] == ["A32.0", "C32.0", "B32.0"]
     assert len(every) == 3 * 3 + 3 + 3
-    assert [arm.taps for arm in every[:4]] == [None, "paper", "last", None]
+    assert [arm.folder for arm in every if arm.name == "D"] == ["D.0.sar", "D.0.rgb", "D.0.ir"]
+    assert [arm.taps for arm in every[:6]] == [None, None, "paper", "paper", "last", "last"]
     recipe = from_plain(Recipe, protocol["train"])
     assert {view.chosen.size for view in recipe.phases[0].views.values()} == {224}
     assert read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"]).steps == 800
@@ -59,15 +60,22 @@ def test_a_short_one_runs_arm_by_arm(tmp_path: Path, capsys: pytest.CaptureFixtu
     experiment.main([*words, "--only", "A.0,D.0.ir"])
     told = capsys.readouterr().out.split("\n")
     assert told == ["C.0 is done", "A.0 is done", "D.0.ir is done", ""]
-    results = json.loads((out / "results.json").read_text())
-    assert [(each["arm"], list(each["sensors"])) for each in results] == [
-        ("A", ["sar", "rgb", "ir"]),
-        ("C", ["sar", "rgb", "ir"]),
-        ("D", ["ir"]),
-    ]
-    assert "cosine_sar_rgb" in results[0]["gradients"]
-    page = (out / "results.md").read_text()
-    assert page.count("\n") == 5 + 1 + 2 + 3 and "| paper.0 | sar |" in page
-    assert (out / "results.png").stat().st_size > 10_000
+    records = {path.name: json.loads(path.read_text()) for path in (out / "records").glob("*.json")}
+    assert {name: list(each["sensors"]) for name, each in records.items()} == {
+        "A.0.json": ["sar", "rgb", "ir"],
+        "C.0.json": ["sar", "rgb", "ir"],
+        "D.0.ir.json": ["ir"],
+    }
+    assert "cosine_sar_rgb" in records["A.0.json"]["gradients"]
+    assert records["A.0.json"]["curves"]["loss"]["step"] == [1]
+    page = (out / "records" / "results.md").read_text()
+    assert page.count("\n") == 5 + 1 + 2 + 3 and "| C.0 | sar |" in page
+    assert (out / "records" / "results.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="names no arm"):
         experiment.main([*words, "--only", "E.0"])
+    # what has a record is done, wherever it ran; a record of another protocol is not taken for one of this
+    elsewhere = [words[0], str(tmp_path / "elsewhere"), *words[2:], "--records", str(out / "records")]
+    experiment.main([*elsewhere, "--only", "C.0"])
+    assert not (tmp_path / "elsewhere" / "C.0").exists() and not capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is of another protocol"):
+        experiment.main([*elsewhere[:-4], "--steps", "2", "--records", str(out / "records"), "--only", "C.0"])
