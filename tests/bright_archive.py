@@ -149,7 +149,7 @@ def go(
     """A run with ordinary options."""
     sources = [str(scenes)] if isinstance(scenes, Path) else list(scenes)
     parameters = {"weights": WEIGHTS, "changed": changed}
-    given = {"suffix": ".parquet", "limits": Limits(seconds=30)} | options
+    given = {"suffix": ".parquet", "limits": Limits(seconds=120)} | options
     return run(
         results,
         lambda: find(sources, results.absolute()),
