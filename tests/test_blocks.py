@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -107,14 +108,21 @@ def test_each_block_is_decoded_once_in_memory_for_a_row(make_raster, monkeypatch
     monkeypatch.setattr(reader, "_STRIP_PIECE", 64 * side)
     creation = {"tiled": True, "blockxsize": 128, "blockysize": 128} if layout == "tiles" else {}
     path = make_raster(noise(side, side), colours=RGB, creation=creation | {"interleave": "pixel"})
-    with open_scene(path) as scene:
-        scene.read((0, 0, 5, 5))  # kernels are loaded
+    with open_scene(path) as scene, ThreadPoolExecutor(threads) as pool:
+        together = Barrier(threads)
+
+        def ready(thread):
+            """Load kernels; let each thread open the file, and what tells it of the CRS."""
+            together.wait()
+            scene.read((thread * side // 2, 0, 5, 5))
+
+        list(pool.map(ready, range(threads)))
         STORE.forget(scene._reader._token)
         grid = Grid(side, side, 160, 32)
         tiles = [grid[i].outer for i in grid.order(scene.strip())]
         pieces = {key for tile in tiles for key in scene._reader.pieces(scene._bands, tile)}
         before, decoded, most = bytes_asked(), STORE.decoded, 0
-        with ThreadPoolExecutor(threads) as pool, scene.expecting(tiles):
+        with scene.expecting(tiles):
             for _ in pool.map(scene.read, tiles):
                 most = max(most, STORE._bytes)
         asked = bytes_asked() - before
