@@ -20,9 +20,9 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
+from babelrs_geo.models.efficientnet import SHOWN, EfficientNetLite0
 from babelrs_geo.models.vit import PatchEmbeddings, ViTConfig, make_blocks
 
 PriorKind = Literal["convolutional", "efficientnet_lite0"]
@@ -282,26 +282,8 @@ class ConvolutionalPrior(nn.Module):
         return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(self.conv4(c3))
 
 
-def fold_batch_norm(trunk: nn.Module) -> nn.Module:
-    """Replace each convolution and the batch norm after it by one convolution with a bias, in place.
-
-    Detector batches are too small for batch statistics, so the norms would stay fixed anyway; folded they
-    cost nothing.
-    """
-    for parent in list(trunk.modules()):
-        children = list(parent.named_children())
-        for (_, conv), (name, norm) in zip(children, children[1:], strict=False):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-                conv.weight, conv.bias = fuse_conv_bn_weights(
-                    conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
-                )
-                setattr(parent, name, getattr(norm, "act", nn.Identity()))
-    return trunk
-
-
 class EfficientNetPrior(nn.Module):
-    """Spatial prior of the compact detector: timm's `tf_efficientnet_lite0` with its batch norms folded.
+    """Spatial prior of the compact detector: EfficientNet-Lite0.
 
     Runs outside autocast: its depthwise convolutions are bound by memory and slower in bf16 on CPUs
     (measured).
@@ -309,12 +291,8 @@ class EfficientNetPrior(nn.Module):
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
-        import timm
-
-        trunk = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4))
-        self.trunk: nn.Module = fold_batch_norm(trunk)
-        self.fc1, self.fc2 = nn.Conv2d(24, config.vit.dim, 1), nn.Conv2d(40, config.vit.dim, 1)
-        self.fc3, self.fc4 = nn.Conv2d(112, config.vit.dim, 1), nn.Conv2d(320, config.vit.dim, 1)
+        self.trunk = EfficientNetLite0()
+        self.fc1, self.fc2, self.fc3, self.fc4 = (nn.Conv2d(n, config.vit.dim, 1) for n in SHOWN.values())
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast(image.device.type, enabled=False):

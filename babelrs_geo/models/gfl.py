@@ -17,7 +17,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_iou, generalized_box_iou_loss
+
+from babelrs_geo.models.suppression import batched_nms
 
 PRIOR_LOGIT = -math.log(99)
 """Where class logits start: one object in a hundred cells."""
@@ -95,6 +96,8 @@ def atss_assign(
     mean + std of all candidates, and their centre inside the box, are positive. A contested anchor goes to
     its best IoU.
     """
+    from torchvision.ops import box_iou
+
     assigned = torch.full((len(anchors),), -1, dtype=torch.long, device=anchors.device)
     usable = torch.arange(len(anchors), device=anchors.device) if valid is None else valid.nonzero()[:, 0]
     if not len(boxes) or not len(usable):
@@ -206,6 +209,8 @@ class GFLHead(nn.Module):
                 "loss_bbox": zero,
                 "loss_dfl": zero,
             }
+        from torchvision.ops import generalized_box_iou_loss
+
         s = stride[a].unsqueeze(1)
         at = centre[a] / s
         picked = distributions[i, a]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from babelrs_geo.errors import WeightsError
-from babelrs_geo.models.adapter import fold_batch_norm
+from babelrs_geo.models.efficientnet import EfficientNetLite0
 
 
 def efficientnet_lite0_file() -> Path:
@@ -23,23 +23,14 @@ def efficientnet_lite0_file() -> Path:
 
 
 def load_efficientnet_lite0(trunk: nn.Module, path: Path | None = None) -> None:
-    """Copy ImageNet weights into timm's `tf_efficientnet_lite0` features, folded by `fold_batch_norm`.
+    """Copy ImageNet weights, their batch norms folded; the file has them in the network's order, under other names.
 
-    The file's tensors stand in the same order as timm's under other names, so they are matched by order and
-    shape.
+    Raises WeightsError where they do not fit.
     """
-    import timm
-
+    assert isinstance(trunk, EfficientNetLite0)
     path = path or efficientnet_lite0_file()
     source = torch.load(path, weights_only=True)
-    tensors = [v for k, v in source.items() if not k.endswith("num_batches_tracked")]
-    whole = timm.create_model("tf_efficientnet_lite0")
-    state = whole.state_dict()
-    names = [k for k in state if not k.endswith("num_batches_tracked")]
-    if [state[k].shape for k in names] != [t.shape for t in tensors]:
-        raise WeightsError(
-            f"{path} is not an EfficientNet-Lite0: its {len(tensors)} tensors do not match in order"
-        )
-    whole.load_state_dict(dict(zip(names, tensors, strict=True)), strict=False)
-    folded = fold_batch_norm(whole).state_dict()
-    trunk.load_state_dict({k: folded[k] for k in trunk.state_dict()})
+    try:
+        trunk.fold([v for k, v in source.items() if not k.endswith("num_batches_tracked")])
+    except ValueError as error:
+        raise WeightsError(f"{path} is not an EfficientNet-Lite0 ({error})") from error

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_iou
 
 from babelrs_geo.boxes import from_le90, rotated_iou
 from babelrs_geo.models.rotated import MidpointOffset, RotatedDelta, VertexRule, outer, roi_align
+from babelrs_geo.models.suppression import batched_nms
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class OrientedRPN(nn.Module):
 
     def assign(self, anchors: Tensor, target: OrientedTarget) -> Tensor:
         """Owner (A,) of each anchor by IoU with the boxes' bounds: an index, -1 background, -2 ignored."""
+        from torchvision.ops import box_iou
+
         c, (height, width) = self.config, target.size
         inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] < width) & (anchors[:, 3] < height)
         owner = torch.full((len(anchors),), -2, device=anchors.device)

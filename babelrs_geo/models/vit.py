@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import stochastic_depth
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,10 @@ class Block(nn.Module):
     def _drop(self, branch: Tensor) -> Tensor:
         if not (self.training and self.drop_path):
             return branch
-        return stochastic_depth(branch, self.drop_path, "row")
+        from torchvision.ops import stochastic_depth
+
+        dropped: Tensor = stochastic_depth(branch, self.drop_path, "row")
+        return dropped
 
 
 def make_blocks(config: ViTConfig) -> nn.ModuleList:
