@@ -47,6 +47,14 @@ def test_weights_come_back_with_their_header(file: Path) -> None:
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_reading_weights_draws_no_number_of_the_callers(file: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    checkpoints.load(file)
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_a_detector_gives_detections_of_its_sensor(file: Path) -> None:
     weights = zoo.load(file)
     images = np.random.default_rng(0).random((2, 3, 64, 64), np.float32)

@@ -21,8 +21,6 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from babelrs_geo.errors import OutputError, ParameterError, WeightsError
 from babelrs_geo.models.adapter import ViTAdapter
@@ -238,28 +236,6 @@ def describe(path: str | os.PathLike[str]) -> Contents:
 _PRECISIONS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-class _Undrawn(TorchFunctionMode):
-    """Parameters that are read from a file next keep whatever their memory holds.
-
-    Tensors of the device "meta" would do, but filling them imports torch's compiler, which takes longer than to look at
-    a small scene.
-    """
-
-    fills: frozenset[Any] = frozenset(
-        {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
-        | {
-            getattr(torch.nn.init, name)
-            for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_")
-        }
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func in self.fills:
-            return args[0] if args else given["tensor"]
-        return (torch.empty if func is torch.randn else func)(*args, **given)
-
-
 def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Detector, Header]:
     """The model in float32, ready to predict, and its header.
 
@@ -267,7 +243,9 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Detector, H
     lists the first keys that are missing, unexpected or of another shape.
     """
     header = read_header(path)
-    with _Undrawn():
+    # On the device "meta" nothing would be drawn, but that imports torch's compiler, which takes longer than to look
+    # at a small scene. What is drawn is overwritten, and the caller's generator is left as it was.
+    with torch.random.fork_rng(devices=[]):
         model = Detector(header.config)
     odd = differences({k: tuple(v.shape) for k, v in model.state_dict().items()}, shapes(path))
     if odd:
