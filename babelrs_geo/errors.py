@@ -6,6 +6,7 @@
     ├── GeorefError      (ValueError)  a place on the ground was asked of pixels that have none
     ├── LabelError       (ValueError)  vectors, labels or an area of interest cannot be used
     ├── ParameterError   (ValueError)  an option is out of range or contradicts another
+    │   └── BatchError                 the memory does not suffice for a batch of tiles
     ├── WeightsError     (ValueError)  a checkpoint is missing, damaged, or lacks what was asked of it
     ├── TrainingError    (ArithmeticError)  training cannot go on: no number for a loss, or lost workers
     └── OutputError      (OSError)     a result cannot be written where it was asked for
@@ -37,6 +38,10 @@ class LabelError(BabelError, ValueError):
 
 class ParameterError(BabelError, ValueError):
     """An option is out of range or contradicts another one."""
+
+
+class BatchError(ParameterError):
+    """The memory does not suffice for a batch of tiles."""
 
 
 class WeightsError(BabelError, ValueError):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from conftest import NORTH_UP, UTM, Raster, write_raster
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -115,6 +116,9 @@ class BrightWeights:
     sha256: str = "0" * 64
     asked: list[tuple[str, float | None, tuple[str, ...] | None]] = field(default_factory=list)
     fails: BaseException | None = None
+    holds: int = 1000
+    """Images at once, beyond which memory does not suffice."""
+    device: str = "cpu"
 
     def detector(self, sensor, score=None, classes=None):
         self.asked.append((str(sensor), score, classes))
@@ -122,6 +126,8 @@ class BrightWeights:
         def run(images: NDArray[np.float32]) -> list[Detections]:
             if self.fails is not None:
                 raise self.fails
+            if len(images) > self.holds:
+                raise torch.OutOfMemoryError(f"Tried to allocate {len(images)} GiB")
             return bright_detector(images, tuple(classes or self.header.classes[sensor]))
 
         return run

@@ -27,7 +27,15 @@ from simple_scenes import (
 import babelrs_geo as bg
 from babelrs_geo import concepts
 from babelrs_geo import detect as detect_function
-from babelrs_geo.errors import GeorefError, LabelError, OutputError, ParameterError, SceneError, WeightsError
+from babelrs_geo.errors import (
+    BatchError,
+    GeorefError,
+    LabelError,
+    OutputError,
+    ParameterError,
+    SceneError,
+    WeightsError,
+)
 from babelrs_geo.models.detector import DetectorConfig
 
 detect_module = sys.modules["babelrs_geo.detect"]
@@ -339,3 +347,64 @@ def test_several_devices_get_weights_each_and_share_the_batches(scene, monkeypat
     assert [len(made.batches) for _, made in loaded] == [3, 2]  # nine tiles in five batches
     assert len(found.detections) == len(SHIPS)
     assert found.provenance["parameters"]["device"] == "cuda"
+
+
+def test_out_of_memory_ends_with_advice_or_begins_again_with_a_smaller_batch(scene, tmp_path):
+    options = bg.DetectOptions(**SMALL, batch=4)
+    plain = bg.detect(scene, BrightWeights(), bg.DetectOptions(**SMALL, batch=2))
+    with pytest.raises(BatchError, match=r"with a batch of 4 tiles of 48 px: pass a smaller batch .or auto"):
+        bg.detect(scene, BrightWeights(holds=3), options)
+    told = r"memory did not suffice for batches of 4 tiles: begun again with 2"
+    spool = detect_module.Running(spool=tmp_path / "parts")
+    with pytest.warns(UserWarning, match=told):
+        found = bg.detect(
+            scene, BrightWeights(holds=3), bg.DetectOptions(**SMALL, batch="auto"), running=spool
+        )
+    assert found.features.equals(plain.features)
+    assert found.provenance["parameters"]["batch"] == 2
+    assert found.provenance["parameters"] == plain.provenance["parameters"]
+    with pytest.raises(BatchError, match="with a batch of 1 tiles"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bg.detect(scene, BrightWeights(holds=0), bg.DetectOptions(**SMALL, batch="auto"))
+
+
+def test_a_run_by_auto_goes_on_with_the_batch_that_it_had_come_to(scene, tmp_path):
+    """What is kept is of that size; where more memory is free the next day, it would be another."""
+    options, parts = bg.DetectOptions(**SMALL, batch="auto"), tmp_path / "parts"
+    running = detect_module.Running(spool=parts, resume=True)
+
+    def stop(done, total):
+        if done > 4:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="begun again with 2"), pytest.raises(KeyboardInterrupt):
+        bg.detect(scene, BrightWeights(holds=2), options, stop, running)
+    kept = len(list(parts.glob("*.arrow")))
+    assert kept >= 2
+    told = []
+    found = bg.detect(scene, BrightWeights(), options, lambda *p: told.append(p), running)
+    assert told[0][0] == 2 * kept and found.provenance["parameters"]["batch"] == 2
+
+
+@pytest.mark.parametrize("batch", [0, -1, "many"])
+def test_batches_that_cannot_be(batch):
+    with pytest.raises(
+        ParameterError, match=f'batch is {batch}, expected a whole number of at least 1, or "auto"'
+    ):
+        bg.DetectOptions(batch=batch)
+
+
+@pytest.mark.gpu
+def test_batches_are_sized_to_the_memory_of_the_gpu():
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from babelrs_geo.detect.crew import fitting_batch
+
+    def hungry(images):
+        torch.zeros(len(images) << 28, device="cuda")  # 1 GiB for each
+
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    size = fitting_batch(["cuda"], [hungry], (8, 8))
+    assert size <= 0.7 * free and (size == 64 or 2 * size > 0.65 * free)

@@ -101,10 +101,11 @@ def test_content_and_batches_are_the_same_whatever_the_readers_and_the_order_the
         scene = scene_of(pause=pause)
         seen = []
         options = InferenceOptions(batch=3, readers=readers, ahead=ahead)
-        outcomes.append((*run(scene, watched(seen), grid_of(scene), options=options), np.stack(seen)))
+        outcomes.append((*run(scene, watched(seen), grid_of(scene), options=options), np.concatenate(seen)))
+        assert len(seen) == -(-len(outcomes[-1][1]) // 3)
     first, ground, images = outcomes[0]
     assert len(first) == len(SHIPS)
-    assert len(images) == -(-len(ground) // 3)
+    assert len(images) == len(ground)
     for found, coverage, seen in outcomes[1:]:
         np.testing.assert_array_equal(found.boxes, first.boxes)
         np.testing.assert_array_equal(found.scores, first.scores)
@@ -190,10 +191,10 @@ def test_a_tile_that_cannot_be_read_does_not_change_what_the_others_are_computed
     np.testing.assert_array_equal(np.delete(holed, 1, 0), np.delete(whole, 1, 0))
 
 
-def test_invalid_tiles_are_not_computed_and_batches_are_packed_with_valid_ones():
-    mask = np.zeros((100, 100), bool)
-    mask[90:] = True
-    scene = scene_of(mask=mask)
+def test_only_valid_tiles_are_computed_and_those_of_a_group_are_packed():
+    mask = np.zeros((700, 700), bool)
+    mask[90:, 90:600] = True
+    scene = scene_of(700, 700, mask=mask)
     sizes = []
 
     def detector(images):
@@ -202,9 +203,12 @@ def test_invalid_tiles_are_not_computed_and_batches_are_packed_with_valid_ones()
 
     grid = grid_of(scene)
     _, coverage = run(scene, detector, grid, options=InferenceOptions(batch=4))
-    valid = sum(mask[t.outer.slices].any() for t in grid)
-    assert coverage.looked_at == valid < len(grid)
-    assert sizes == [4] * -(-valid // 4)
+    valid = [mask[t.outer.slices].any() for t in grid]
+    assert coverage.looked_at == sum(valid) == sum(sizes) < len(grid)
+    groups = Look(scene, grid, options=InferenceOptions(batch=4)).groups(np.ones(len(grid), bool))
+    assert {len(group.tiles) for group in groups} == {len(grid) // 4 // 32 * 4, len(groups[-1].tiles)}
+    packed = [divmod(sum(valid[i] for i in group.tiles), 4) for group in groups]
+    assert sizes == [n for whole, rest in packed for n in [4] * whole + [rest] * int(rest > 0)]
 
 
 def test_what_is_centred_outside_its_tile_or_on_invalid_pixels_is_dropped():
@@ -230,7 +234,8 @@ def test_small_and_thin_scenes_are_read_as_they_are(height, width):
 
     scene = scene_of(width, height, [])
     _, coverage = run(scene, detector, Grid(width, height, 48, 16), options=InferenceOptions(batch=2))
-    assert set(shapes) == {(2, 3, min(height, 48), min(width, 48))}
+    assert {shape[1:] for shape in shapes} == {(3, min(height, 48), min(width, 48))}
+    assert max(n for n, *_ in shapes) <= 2 and sum(n for n, *_ in shapes) == len(coverage)
     assert coverage.counts()["empty"] == len(coverage)
 
 

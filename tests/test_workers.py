@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from kills import drafts, end_at_random
 from simple_scenes import bright_detector, canvas, write_scene
 from test_checkpoints import header
+from test_inference import ArrayScene
 from tiny_model import TINY
 
 from babelrs_geo.cluster import Workers, connect
@@ -44,6 +45,8 @@ class Bright:
     seen: str
     trap: str = ""
     full: bool = False
+    deadly: bool = False
+    """Whether an odd pixel costs the worker, not only the group."""
 
     def __call__(self):
         Path(self.seen, str(os.getpid())).touch()
@@ -55,6 +58,8 @@ class Bright:
             if self.full:
                 raise RuntimeError("CUDA out of memory")
             if np.isclose(images, ODD / 255).any():
+                if self.deadly:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("an odd\npixel")
             return bright_detector(images)
 
@@ -126,6 +131,20 @@ def test_a_group_that_keeps_failing_is_told_in_the_coverage_and_memory_is_advise
         full = over_dask.crew(client, look, Bright(str(tmp_path / "seen"), full=True))
         with pytest.raises(ParameterError, match="out of memory with a batch of 2 tiles of 48 px"):
             gather(look, full)
+
+
+@pytest.mark.slow
+def test_a_group_that_kills_every_worker_costs_its_own_tiles_alone(tmp_path, client):
+    (tmp_path / "seen").mkdir()
+    image = canvas(SIDE, SIDE, [(200, 200, 9, 5)])
+    image[10, 10] = ODD
+    with open_scene(write_scene(tmp_path / "odd.tif", image), "sar") as scene:
+        look = look_at(scene)
+        deadly = Bright(str(tmp_path / "seen"), deadly=True)
+        found, ground = gather(look, over_dask.crew(client, look, deadly))
+        first = look.groups(np.ones(len(look.grid), bool))[0]
+    assert {i for i, state in enumerate(ground.states) if state == FAILED} == set(first.tiles)
+    assert len(found) == 1 and "its worker failed (KilledWorker" in ground.reasons[0]
 
 
 @settings(max_examples=25, deadline=None)
@@ -203,7 +222,12 @@ def test_groups_are_whole_batches_and_hold_every_wanted_tile_once(tmp_path):
         groups = look.groups(wanted)
     assert sorted(i for g in groups for i in g.tiles) == np.flatnonzero(wanted).tolist()
     assert [g.number for g in groups] == list(range(len(groups))) and isinstance(groups[0], Group)
-    assert {len(g.tiles) for g in groups[:-1]} == {16}
+    assert {len(g.tiles) for g in groups[:-1]} == {
+        2
+    }  # one batch: there are fewer than two for each of 32 groups
+    wide = Grid(9000, 9000, tile=48, overlap=16)
+    many = replace(look, grid=wide, scene=ArrayScene(np.zeros((9000, 9000), np.uint8)))
+    assert {len(g.tiles) for g in many.groups(np.ones(len(wide), bool))[:-1]} == {16}
 
 
 # The command ----------------------------------------------------------------------------------------
@@ -310,3 +334,24 @@ def runs(pid: str) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_with_workers_it_stops_as_cleanly(tmp_path, weights, stop):
+    """Ctrl+C in a shell reaches the workers as well."""
+    town(tmp_path / "town.tif")
+    spool = tmp_path / ".out.gpkg.parts"
+    words = command(tmp_path, weights, "out.gpkg", "--quiet", "--workers", "2")
+    with subprocess.Popen(
+        words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while len(list(spool.glob("*.arrow"))) < 3:
+            assert process.poll() is None
+        os.killpg(process.pid, stop)
+        told = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert told == (
+        "babelrs-geo: error: stopped, and what is done is kept: run the same with --resume, and it goes on\n"
+    )
+    assert not (tmp_path / "out.gpkg").exists() and not drafts(spool)

@@ -147,6 +147,7 @@ class Detection:
 
     def _detected(self, task: Task, weights: Weights, values: dict[str, Any]) -> Outcome:
         from babelrs_geo.detect import Running, check_crs, detect, plan_for
+        from babelrs_geo.detect.crew import BATCH
         from babelrs_geo.inference.look import GROUP
         from babelrs_geo.scenes import SceneOptions, open_scene
 
@@ -168,9 +169,12 @@ class Detection:
                 if self.crs is not None:
                     check_crs(self.crs, georeferenced=scene.georef.crs is not None)
                 plan = plan_for(scene, weights.header, self.options)
-                fitted = replace(self.options, batch=fitting(self.options.batch, len(plan.grid)))
-                running = Running()
-                if task.parts and len(plan.grid) >= SHARED_FROM * GROUP * fitted.batch:
+                fitted = self.options
+                if isinstance(fitted.batch, int):
+                    fitted = replace(fitted, batch=fitting(fitted.batch, len(plan.grid)))
+                running, size = Running(), fitted.batch if isinstance(fitted.batch, int) else BATCH
+                if task.parts and len(plan.grid) >= SHARED_FROM * GROUP * size:
+                    fitted = replace(fitted, batch=size)  # the same for all that share
                     running = Running(spool=task.parts, resume=True)
                     if not task.gather:
                         return self._shared(task, scene, weights, fitted, running)

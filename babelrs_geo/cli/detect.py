@@ -177,7 +177,7 @@ def _outlook(scene: Scene, weights: str, options: DetectOptions) -> dict[str, st
     rows = {
         "read at": size,
         "classes": ", ".join(plan.classes),
-        "tiles": f"{len(plan.grid)} of {plan.grid.tile} px, about {cost.tiles} with valid pixels",
+        "tiles": f"{plan.tiles} of {plan.grid.tile} px, about {cost.tiles} with valid pixels",
         "estimated time": f"{duration(cost.seconds)} ({cost.seconds_per_tile:.2f} s a tile, measured here)",
     }
     return rows | ({"caution": plan.caution} if plan.caution else {})

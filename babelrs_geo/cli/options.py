@@ -64,6 +64,21 @@ class Gsd(click.ParamType):
             self.fail(f'"{value}" is neither metres per pixel nor "native"', param, ctx)
 
 
+class Batch(click.ParamType):
+    """A number of tiles, or "auto"."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number, or the word."""
+        if value == "auto" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f'"{value}" is neither a number of tiles nor "auto"', param, ctx)
+
+
 class Named(click.ParamType):
     """A name in place of another."""
 
@@ -138,9 +153,10 @@ class ModelArguments:
     gsd: float | str | None
     tile: int | None
     overlap: int
+    scales: tuple[float, ...]
     aoi: str | None
     device: str
-    batch: int
+    batch: int | str
 
     def options(self) -> DetectOptions:
         """The same for the library."""
@@ -233,6 +249,14 @@ def model_options(command: Command) -> Command:
         click.option(
             "--overlap", type=int, default=128, show_default=True, metavar="PX", help="Shared by neighbours."
         ),
+        click.option(
+            "--scales",
+            type=Listed("number", float),
+            default="1",
+            show_default=True,
+            metavar="1[,S,...]",
+            help="Shares of the resolution to look at once more, for objects larger than a tile: 1,0.25.",
+        ),
         click.option("--aoi", metavar="FILE", help="Vector file with the area of interest, in any CRS."),
         click.option(
             "--device",
@@ -242,7 +266,11 @@ def model_options(command: Command) -> Command:
             help="Where to compute.",
         ),
         click.option(
-            "--batch", type=int, default=4, show_default=True, metavar="N", help="Tiles computed at once."
+            "--batch",
+            type=Batch(),
+            default=4,
+            show_default=True,
+            help="Tiles computed at once; auto: what a GPU holds, and fewer where the memory does not suffice.",
         ),
     ]
     return apply(options, command)

@@ -18,8 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from babelrs_geo import concepts
 from babelrs_geo.detect.area import MapArea, area_of
-from babelrs_geo.detect.crew import Running, Where, crew_of, devices, load_weights, torch_threads
+from babelrs_geo.detect.crew import (
+    BATCH,
+    Running,
+    Where,
+    crew_of,
+    devices,
+    fitting_batch,
+    load_weights,
+    torch_threads,
+)
+from babelrs_geo.detect.plan import NATIVE, Plan, plan_for
 from babelrs_geo.errors import (
+    BatchError,
     GeorefError,
     ParameterError,
     SceneError,
@@ -30,7 +41,8 @@ if TYPE_CHECKING:
     import geopandas as gpd
 
     from babelrs_geo.detections import Detections
-    from babelrs_geo.inference import Crew, InferenceOptions, Keep, Look
+    from babelrs_geo.inference import Crew, Look
+    from babelrs_geo.inference.spool import Spool
     from babelrs_geo.models.checkpoints import Header
     from babelrs_geo.models.zoo import Weights
     from babelrs_geo.scenes import Scene
@@ -49,18 +61,7 @@ __all__ = [
     "plan_for",
 ]
 
-NATIVE = "native"
-
-# A scene this little outside the weights' range of ground sampling is read at its own pixels: resampling
-# blurs more than 2 % of size tells the detector.
-GSD_TOLERANCE = 1.02
-
-# An object that is shorter than this, in pixels of the scene, cannot be told from a bright spot.
-PIXELS_TO_SEE = 3.0
-
-# Beyond this factor, in resampling or in distance from the weights' range, what is found is no longer to be
-# relied on.
-GSD_WARNING = 4.0
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,10 @@ class DetectOptions:
     """
     aoi: str | os.PathLike[str] | None = None
     """A vector file; what is centred outside its polygons is not reported."""
-    batch: int = 4
-    """Tiles computed at once."""
+    scales: tuple[float, ...] = (1.0,)
+    """1, and shares of it at which the scene is read once more for objects larger than a tile, such as (1, 0.25)."""
+    batch: int | str = BATCH
+    """Tiles computed at once; "auto" for as many as a GPU's memory holds, and fewer where memory does not suffice."""
     device: str = "auto"
     """auto, cpu, cuda, or several such as cuda:0,cuda:1, which compute batches in turn."""
     threads: int | None = None
@@ -102,26 +105,16 @@ class DetectOptions:
             raise ParameterError(f'gsd is "{self.gsd}", expected metres per pixel or "{NATIVE}"')
         if isinstance(self.gsd, int | float) and not 0 < self.gsd < float("inf"):
             raise ParameterError(f'gsd is {self.gsd}, expected metres per pixel above 0, or "{NATIVE}"')
-        if self.batch < 1:
-            raise ParameterError(f"batch is {self.batch}, expected a whole number of at least 1")
+        object.__setattr__(self, "scales", tuple(sorted(map(float, self.scales), reverse=True)))
+        if self.scales[:1] != (1.0,) or len(set(self.scales)) < len(self.scales) or not self.scales[-1] > 0:
+            raise ParameterError(
+                f"scales is {', '.join(f'{scale:g}' for scale in self.scales) or 'empty'}; expected 1 and numbers "
+                "between 0 and 1, each once, such as 1,0.25; to read all coarser or finer, pass gsd"
+            )
+        if self.batch != AUTO and (isinstance(self.batch, str) or self.batch < 1):
+            raise ParameterError(f'batch is {self.batch}, expected a whole number of at least 1, or "{AUTO}"')
         if self.threads is not None and self.threads < 1:
             raise ParameterError(f"threads is {self.threads}, expected a whole number of at least 1")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a scene will be read for given weights."""
-
-    grid: Grid
-    """The tiles, in model pixels."""
-    scale: float
-    """Model pixels per scene pixel."""
-    gsd: float | None
-    """Metres per model pixel; None for a scene without georeference."""
-    classes: tuple[str, ...]
-    """The classes that will be reported."""
-    caution: str = ""
-    """Why the result is to be taken with care, in one line; empty where there is no reason."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +181,8 @@ def detect(
     so where that is more than fourfold; boxes come back in scene pixels.
 
     Raises `SceneError` where nothing could be read or no pixel is valid, `WeightsError` where the weights
-    cannot be used or lack the sensor, `ParameterError` for an unknown class or device or where the memory
-    does not suffice, `LabelError` where the area of interest misses the scene, `GeorefError` where one is
+    cannot be used or lack the sensor, `ParameterError` for an unknown class or device, its `BatchError` where the
+    memory does not suffice, `LabelError` where the area of interest misses the scene, `GeorefError` where one is
     asked of a scene without georeference, `OutputError` where `running.spool` cannot be written or is another run's.
     """
     from babelrs_geo import inference, vectors
@@ -197,11 +190,24 @@ def detect(
     options, running = options or DetectOptions(), running or Running()
     started = vectors.clock()
     begun = _begin(scene, weights, options, running)
-    area, about = begun.area, begun.about
     if begun.caution:
         warnings.warn(begun.caution, UserWarning, stacklevel=2)
-    with begun.crew() as crew:
-        found, coverage = inference.gather(begun.look, crew, area, progress, begun.keep)
+    while True:
+        try:
+            with begun.crew() as crew:
+                found, coverage = inference.gather(begun.look, crew, begun.area, progress, begun.keep)
+            break
+        except BatchError:
+            if options.batch != AUTO or begun.look.options.batch == 1:
+                raise
+        # All anew: batches of another size have other last digits, and a result is of one size.
+        if begun.keep is not None:
+            begun.keep.remove()
+        batch = begun.look.options.batch // 2
+        begun = begun.again(batch)
+        told = f"memory did not suffice for batches of {2 * batch} tiles: begun again with {batch}"
+        warnings.warn(told, UserWarning, stacklevel=2)
+    area, about = begun.area, begun.about
     if coverage.looked_at == 0:
         where = "it" if area is None else "the area of interest"
         raise SceneError(
@@ -252,67 +258,74 @@ class _Begun:
     about: dict[str, Any]
     """Its provenance, but for what came of it."""
     caution: str
-    keep: Keep | None
+    keep: Spool | None
     crew: Callable[[], AbstractContextManager[Crew]]
+    again: Callable[[int], _Begun]
+    """The same with batches of another size."""
 
 
 def _begin(
     scene: Scene, weights: str | os.PathLike[str] | Weights, options: DetectOptions, running: Running
 ) -> _Begun:
-    from babelrs_geo import inference
-
     area = None if options.aoi is None else area_of(scene, options.aoi)
     loaded, device = load_weights(weights, options.device)
     plan = plan_for(scene, loaded[0].header, options)
-    look = inference.Look(scene, plan.grid, plan.scale, inference.InferenceOptions(batch=options.batch))
-    about = _provenance(scene, loaded[0], plan, options, look.options, device)
-    keep = None
-    if running.spool is not None:
-        from babelrs_geo.inference.spool import Spool
-
-        keep = Spool(Path(running.spool), about | _files(scene, area), resume=running.resume)
     named = os.fspath(weights) if isinstance(weights, str | os.PathLike) else None
     on = Where(named, options.device, options.threads)
-    crew = partial(crew_of, running, look, loaded, options.score, plan.classes, on)
-    return _Begun(look, area, about, plan.caution, keep, crew)
+
+    def sized(batch: int) -> _Begun:
+        look = _look(scene, plan, batch)
+        about = _provenance(look, loaded[0], plan, replace(options, batch=batch), device)
+        keep = _spool(running, about | _files(scene, area))
+        crew = partial(crew_of, running, look, loaded, options.score, plan.classes, on)
+        return _Begun(look, area, about, plan.caution, keep, crew, sized)
+
+    return sized(_first_batch(scene, loaded, plan, options, running))
 
 
-def plan_for(scene: Scene, header: Header, options: DetectOptions) -> Plan:
-    """How `scene` will be read for weights with this header.
+def _look(scene: Scene, plan: Plan, batch: int) -> Look:
+    """The plan as `inference` takes it."""
+    from babelrs_geo.inference import InferenceOptions, Look
 
-    Classes of which the longest there is would be shorter than three of the scene's pixels are not looked for, unless
-    a ground sampling is asked for.
+    return Look(scene, plan.grid, plan.scale, InferenceOptions(batch=batch), plan.coarser, plan.large)
 
-    Raises `WeightsError` where they lack the scene's sensor, `SceneError` where no class can be seen in the scene,
-    `ParameterError` for a class they do not know or a ground sampling asked of a scene without georeference.
-    """
-    sensor = str(scene.sensor)
-    classes = header.chosen(sensor, options.classes)
-    unseen = () if options.gsd is not None else _unseen(scene, classes)
-    classes = tuple(name for name in classes if name not in unseen)
-    low, high = header.gsd[sensor]
-    scale, gsd, caution = _scale(scene.gsd, (low, high), options.gsd)
-    if unseen:
-        few = f"{concepts.listed(list(unseen))} cannot be seen in pixels of {scene.gsd:.3g} m and is not looked for"
-        caution = f"{caution}; {few}" if caution else few
-    height, width = scene.shape_at(scale)
-    grid = Grid(width=width, height=height, tile=options.tile or header.tile, overlap=options.overlap)
-    return Plan(grid, scale, gsd, classes, caution)
+
+def _first_batch(
+    scene: Scene, loaded: list[Weights], plan: Plan, options: DetectOptions, running: Running | None = None
+) -> int:
+    """The batch as asked; for auto that of the run to go on with, or what fits."""
+    if isinstance(options.batch, int):
+        return options.batch
+    if running is not None and running.spool is not None and running.resume:
+        from babelrs_geo.inference.spool import noted
+
+        if (about := noted(Path(running.spool))) is not None:
+            return int(about["parameters"]["batch"])
+    detectors = [each.detector(scene.sensor, options.score, plan.classes) for each in loaded]
+    size = min(plan.grid.tile, plan.grid.height), min(plan.grid.tile, plan.grid.width)
+    return fitting_batch([each.device for each in loaded], detectors, size)
+
+
+def _spool(running: Running, about: dict[str, Any]) -> Spool | None:
+    """Where parts are kept, if anywhere. Raises OutputError."""
+    if running.spool is None:
+        return None
+    from babelrs_geo.inference.spool import Spool
+
+    return Spool(Path(running.spool), about, resume=running.resume)
 
 
 def outlook(
     scene: Scene, weights: str | os.PathLike[str] | Weights, options: DetectOptions
 ) -> tuple[Plan, Outlook]:
     """The plan for a scene and what it would cost here, measured on one batch. Raises as `detect` does."""
-    from babelrs_geo import inference
-
     loaded, _ = load_weights(weights, options.device)
     plan = plan_for(scene, loaded[0].header, options)
     detector = loaded[0].detector(scene.sensor, options.score, plan.classes)
-    look = inference.Look(scene, plan.grid, plan.scale, inference.InferenceOptions(batch=options.batch))
+    look = _look(scene, plan, _first_batch(scene, loaded, plan, options))
     with torch_threads(options.threads):
         seconds = look.seconds_per_tile(detector)
-    tiles = max(1, round(len(plan.grid) * scene.valid_share))
+    tiles = max(1, round(plan.tiles * scene.valid_share))
     return plan, Outlook(tiles, seconds / len(loaded))
 
 
@@ -347,72 +360,6 @@ def _to_crs(frame: gpd.GeoDataFrame, crs: Any) -> gpd.GeoDataFrame:
     return moved
 
 
-def _scale(
-    native: float | None, known: tuple[float, float], asked: float | str | None
-) -> tuple[float, float | None, str]:
-    """(model pixels per scene pixel, metres per model pixel or None, caution) for a scene of `native` metres
-    per pixel.
-    """
-    low, high = known
-    if native is None:
-        if isinstance(asked, int | float):
-            raise ParameterError(
-                f"the scene has no georeference, so its pixels have no size in metres and it cannot be "
-                f'read at {asked:g} m: pass gsd "{NATIVE}" or leave it out'
-            )
-        return 1.0, None, ""
-    target = native
-    if asked is None:
-        target = (
-            native if low / GSD_TOLERANCE <= native <= high * GSD_TOLERANCE else min(max(native, low), high)
-        )
-    elif not isinstance(asked, str):
-        target = float(asked)
-    scale = native / target
-    off = max(low / target, target / high, 1.0)
-    if max(scale, 1 / scale) > GSD_WARNING:
-        return (
-            scale,
-            target,
-            (
-                f"the scene's pixels of {native:.3g} m are read resampled {_times(scale)} to {target:.3g} m "
-                f"(the weights know {low:g} to {high:g} m): small objects may be missing or invented"
-            ),
-        )
-    if off > GSD_WARNING:
-        return (
-            scale,
-            target,
-            (
-                f"the scene is read at {target:.3g} m a pixel, {off:.1f}x outside what the weights know "
-                f"({low:g} to {high:g} m): expect missed and false objects"
-            ),
-        )
-    return scale, target, ""
-
-
-def _unseen(scene: Scene, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes whose longest objects are shorter than `PIXELS_TO_SEE` of the scene's pixels; SceneError where all
-    are.
-    """
-    if scene.gsd is None:
-        return ()
-    most = {name: metres for name in classes if (metres := concepts.longest(name)) is not None}
-    unseen = tuple(name for name, metres in most.items() if metres < PIXELS_TO_SEE * scene.gsd)
-    if len(unseen) < len(classes):
-        return unseen
-    pixels = max(most.values()) / scene.gsd
-    raise SceneError(
-        f"{scene.name}: its pixels of {scene.gsd:.3g} m cannot show {concepts.listed(list(unseen), 'or')}: the longest "
-        f"there is has {pixels:.1f} of them, and {PIXELS_TO_SEE:g} are needed; take a finer scene, or pass --gsd to "
-        "look all the same"
-    )
-
-
-def _times(scale: float) -> str:
-    return f"{scale:.1f}x finer" if scale > 1 else f"{1 / scale:.1f}x coarser"
-
-
 def _files(scene: Scene, area: MapArea | None) -> dict[str, Any]:
     """What parts of a run depend on beyond what its provenance tells."""
     path = Path(scene.path)
@@ -429,19 +376,17 @@ def _name(path: str | os.PathLike[str] | None) -> str | None:
 
 
 def _provenance(
-    scene: Scene,
-    weights: Weights,
-    plan: Plan,
-    options: DetectOptions,
-    running: InferenceOptions,
-    device: str,
+    look: Look, weights: Weights, plan: Plan, options: DetectOptions, device: str
 ) -> dict[str, Any]:
     """All that made the result what it is: names, never paths, so that two hosts tell the same."""
     from babelrs_geo import __version__
 
+    scene = look.scene
     sensor = str(scene.sensor)
     thresholds = weights.header.thresholds[sensor]
-    asked = asdict(replace(options, tile=plan.grid.tile, aoi=_name(options.aoi), device=device))
+    asked = asdict(
+        replace(options, tile=plan.grid.tile, aoi=_name(options.aoi), device=device, scales=plan.scales)
+    )
     return {
         "software": f"babelrs-geo {__version__}",
         "weights": {"name": weights.name, "sha256": weights.sha256},
@@ -463,6 +408,6 @@ def _provenance(
             },
             "scale": plan.scale,
             "model_gsd_m": plan.gsd,
-            "merging": asdict(running.merging),
+            "merging": asdict(look.options.merging),
         },
     }

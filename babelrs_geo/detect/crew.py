@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from babelrs_geo.detections import Detections
     from babelrs_geo.inference import Crew, Look
     from babelrs_geo.models.zoo import Weights
+
+
+BATCH = 4
+"""Tiles computed at once, unless more or fewer are asked for."""
+LARGEST_BATCH = 64
+"""Beyond it a GPU gains nothing."""
+SHARE = 0.7
+"""Of a GPU's free memory that batches may take: what boxes need depends on the pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +117,33 @@ def crew_of(
         if running.dashboard is not None and (address := dashboard(client)):
             running.dashboard(address)
         yield over_dask.crew(client, look, load)
+
+
+def fitting_batch(
+    where: Sequence[str], detectors: Sequence[Callable[..., object]], size: tuple[int, int]
+) -> int:
+    """The largest power of two whose batches of tiles of `size` (height, width) fit each GPU of `where`, by what two
+    tiles need beside what is free; `BATCH` on a CPU, whose memory is not asked.
+    """
+    import numpy as np
+    import torch
+
+    fits = [BATCH] if all(name.startswith("cpu") for name in where) else [LARGEST_BATCH]
+    for name, detector in zip(where, detectors, strict=True):
+        if not name.startswith("cuda"):
+            continue
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(name)
+        torch.cuda.reset_peak_memory_stats(name)
+        held = torch.cuda.memory_allocated(name)
+        try:
+            detector(np.zeros((2, 3, *size), np.float32))
+        except torch.cuda.OutOfMemoryError:
+            fits.append(1)
+            continue
+        needed = (torch.cuda.max_memory_allocated(name) - held) / 2
+        fits.append(max(1, int(SHARE * free / max(needed, 1))))
+    return 1 << (min(fits).bit_length() - 1)
 
 
 def load_weights(weights: str | os.PathLike[str] | Weights, device: str) -> tuple[list[Weights], str]:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from babelrs_geo.detections import Detections
-from babelrs_geo.errors import ParameterError
+from babelrs_geo.errors import BatchError, ParameterError
 from babelrs_geo.inference.coverage import EMPTY, FAILED, INVALID
 from babelrs_geo.merging import MergeOptions
 from babelrs_geo.scenes import Pixels, Scene
@@ -32,7 +32,9 @@ from babelrs_geo.scenes.memory import MEMORY
 from babelrs_geo.tiling import Grid, Tile
 
 GROUP = 8
-"""Batches of a group: a lost worker loses no more, and a spool keeps no less."""
+"""Batches of a group at most: a lost worker loses no more."""
+GROUPS = 32
+"""Groups that a scene has at least, if it has so many batches: enough to share among workers."""
 
 Detector = Callable[[NDArray[np.float32]], list[Detections]]
 """float32 (B, 3, h, w) in [0, 1] to one `Detections` per image, boxes in that image's pixels."""
@@ -49,7 +51,7 @@ class InferenceOptions:
     """
 
     batch: int = 4
-    """Tiles computed at once; the last batch is padded with zeros to this many."""
+    """Tiles computed at once; fewer where a group ends."""
     readers: int = 1
     """Threads that read tiles. One reader decodes each block of the file once."""
     ahead: int = 4
@@ -72,7 +74,9 @@ class Group:
     number: int
     """Place in the order of work, from 0."""
     tiles: tuple[int, ...]
-    """Indices in the grid."""
+    """Indices in the grid of its pass."""
+    level: int = 0
+    """The pass that they belong to, as in `Look.passes`."""
 
 
 @dataclass(frozen=True)
@@ -99,44 +103,62 @@ class Look:
     grid: Grid
     scale: float = 1.0
     options: InferenceOptions = field(default_factory=InferenceOptions)
+    coarser: tuple[tuple[Grid, float], ...] = ()
+    """Further passes for what is larger than a tile, each coarser than the one before, with grids of their own."""
+    large: tuple[str, ...] | None = None
+    """The classes that further passes look for; None for all."""
 
     def __post_init__(self) -> None:
-        """Hold the grid to the scene."""
-        height, width = self.scene.shape_at(self.scale)
-        if (self.grid.height, self.grid.width) != (height, width):
-            raise ParameterError(
-                f"the grid spans {self.grid.width} x {self.grid.height} px, but the scene read at scale {self.scale:g} "
-                f"has {width} x {height}: make the grid from scene.shape_at(scale)"
-            )
+        """Hold the grids to the scene."""
+        for grid, scale in self.passes:
+            height, width = self.scene.shape_at(scale)
+            if (grid.height, grid.width) != (height, width):
+                raise ParameterError(
+                    f"the grid spans {grid.width} x {grid.height} px, but the scene read at scale {scale:g} "
+                    f"has {width} x {height}: make the grid from scene.shape_at(scale)"
+                )
 
-    def groups(self, wanted: NDArray[np.bool_]) -> list[Group]:
-        """The wanted tiles (by index) in the order that reads each block of the file once, a few batches a group."""
-        order = [i for i in self.grid.order(self.scene.strip(self.scale)) if wanted[i]]
-        size = GROUP * self.options.batch
-        return [Group(n, tuple(order[i : i + size])) for n, i in enumerate(range(0, len(order), size))]
+    @property
+    def passes(self) -> tuple[tuple[Grid, float], ...]:
+        """Each walk over the scene, finest first: its grid, and the scale that it is read at."""
+        return (self.grid, self.scale), *self.coarser
+
+    def groups(self, *wanted: NDArray[np.bool_]) -> list[Group]:
+        """The wanted tiles (by index, for each pass) in the order that reads each block of the file once, a few batches
+        a group.
+        """
+        batch, out = self.options.batch, list[Group]()
+        for level, ((grid, scale), chosen) in enumerate(zip(self.passes, wanted, strict=True)):
+            order = [i for i in grid.order(self.scene.strip(scale)) if chosen[i]]
+            size = batch * min(max(-(-len(order) // batch) // GROUPS, 1), GROUP)
+            out += [
+                Group(len(out) + n, tuple(order[i : i + size]), level)
+                for n, i in enumerate(range(0, len(order), size))
+            ]
+        return out
 
     def parts(
         self, detectors: Sequence[Detector], groups: Sequence[Group], tick: Tick | None = None
     ) -> Iterator[tuple[Group, Part]]:
         """What comes of the groups, in their order. Batch k goes to detector k modulo their number.
 
-        Raises ParameterError where the memory did not suffice.
+        Raises BatchError where the memory did not suffice.
         """
-        tiles = (self.grid[i] for group in groups for i in group.tiles)
-        expected = [self.grid[i].outer for group in groups for i in group.tiles]
         books, told = _Books(groups), 0
         try:
             with ExitStack() as stack:
-                stack.enter_context(self.scene.expecting(expected, self.scale))
+                for level, (grid, scale) in enumerate(self.passes):
+                    here = [grid[i].outer for group in groups if group.level == level for i in group.tiles]
+                    stack.enter_context(self.scene.expecting(here, scale))
                 readers = stack.enter_context(_pool(self.options.readers, "babelrs-geo-read"))
                 threads = [
                     stack.enter_context(_pool(1, f"babelrs-geo-detect-{k}")) for k in range(len(detectors))
                 ]
-                batches = self._packed(self._read_ahead(readers, tiles), books)
+                batches = self._packed(self._read_ahead(readers, groups), books)
                 for batch, found in _computed(batches, detectors, threads):
-                    for read, here in zip(batch.reads, found, strict=False):
+                    for read, boxes in zip(batch.reads, found, strict=True):
                         if read.pixels is not None:
-                            books.end(read.tile, EMPTY, found=_placed(here, read.tile, read.pixels.valid))
+                            books.end(read, EMPTY, found=_placed(boxes, read.tile, read.pixels.valid))
                     if tick is not None:
                         tick(books.ended - told)
                         told = books.ended
@@ -146,9 +168,9 @@ class Look:
                 yield from books.closed()
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
-                raise ParameterError(
+                raise BatchError(
                     f"out of memory with a batch of {self.options.batch} tiles of {self.grid.tile} px: "
-                    "pass a smaller batch or a smaller tile"
+                    "pass a smaller batch (or auto) or a smaller tile"
                 ) from error
             raise
 
@@ -157,59 +179,61 @@ class Look:
         time counted (the first pays for memory and kernels that later ones reuse). Reading is counted where it is
         slower than computing, since the two overlap.
         """
-        middle, batch = self.grid[len(self.grid) // 2], self.options.batch
+        middle, batch = self.grid[len(self.grid) // 2], min(self.options.batch, len(self.grid))
         before = perf_counter()
         pixels = self.scene.read(middle.outer, self.scale)
         reading = perf_counter() - before
-        images = _batch([_Read(middle, pixels)] * batch, _input_size(self.grid), batch).images
+        images = _batch([_Read(0, middle, pixels)] * batch).images
         detector(images)
         before = perf_counter()
         detector(images)
         return max(reading, (perf_counter() - before) / batch)
 
-    def _read_ahead(self, pool: ThreadPoolExecutor, tiles: Iterator[Tile]) -> Iterator[_Read]:
-        """The tiles with their pixels, in the order given, at most `ahead` of them read before they are asked for."""
+    def _read_ahead(self, pool: ThreadPoolExecutor, groups: Sequence[Group]) -> Iterator[_Read]:
+        """The groups' tiles with their pixels, in order, at most `ahead` of them read before they are asked for."""
 
-        def read(tile: Tile, sheet: NDArray[np.float32], place: int) -> _Read:
+        def read(group: int, tile: Tile, scale: float, sheet: NDArray[np.float32], place: int) -> _Read:
             try:
-                return _Read(tile, self.scene.read(tile.outer, self.scale, sheet[place]), sheet=sheet)
+                return _Read(group, tile, self.scene.read(tile.outer, scale, sheet[place]), sheet=sheet)
             except OSError as error:  # SceneError and rasterio's own: this tile is lost, not the run
-                return _Read(tile, None, " ".join(str(error).split()) or type(error).__name__)
+                return _Read(group, tile, None, " ".join(str(error).split()) or type(error).__name__)
 
         waiting: deque[Future[_Read]] = deque()
-        for number, tile in enumerate(tiles):
-            if len(waiting) >= self.options.ahead:
-                yield waiting.popleft().result()
-            place = number % self.options.batch
-            if place == 0:  # tiles are read to where their batch will be
-                sheet = MEMORY.empty((self.options.batch, 3, *_input_size(self.grid)), np.float32)
-            waiting.append(pool.submit(read, tile, sheet, place))
+        for group in groups:
+            grid, scale = self.passes[group.level]
+            for number, index in enumerate(group.tiles):
+                if len(waiting) >= self.options.ahead:
+                    yield waiting.popleft().result()
+                place = number % self.options.batch
+                if place == 0:  # tiles are read to where their batch will be
+                    sheet = MEMORY.empty((self.options.batch, 3, *_input_size(grid)), np.float32)
+                waiting.append(pool.submit(read, group.number, grid[index], scale, sheet, place))
         while waiting:
             yield waiting.popleft().result()
 
     def _packed(self, reads: Iterable[_Read], books: _Books) -> Iterator[_Batch]:
         """The reads that have a valid pixel, `batch` of one group at a time; the others end here."""
-        size, batch = _input_size(self.grid), self.options.batch
         slots: list[_Read] = []
         for read in reads:
-            if slots and (len(slots) == batch or not books.together(slots[0].tile, read.tile)):
+            if slots and (len(slots) == self.options.batch or slots[0].group != read.group):
                 if any(slot.pixels is not None for slot in slots):
-                    yield _batch(slots, size, batch)
+                    yield _batch(slots)
                 slots = []
             if read.pixels is None:
-                books.end(read.tile, FAILED, read.reason)
+                books.end(read, FAILED, read.reason)
             elif not read.pixels.valid.any():
-                books.end(read.tile, INVALID)
+                books.end(read, INVALID)
                 continue
             slots.append(read)
         if any(slot.pixels is not None for slot in slots):
-            yield _batch(slots, size, batch)
+            yield _batch(slots)
 
 
 @dataclass(frozen=True)
 class _Read:
     """A tile with its pixels, or with the reason why there are none."""
 
+    group: int
     tile: Tile
     pixels: Pixels | None
     reason: str = ""
@@ -222,8 +246,8 @@ class _Batch:
     in the batch, and so the last bit of every score, does not depend on a disk's bad day.
     """
 
-    images: NDArray[np.float32]  # (batch, 3, h, w)
-    reads: tuple[_Read, ...]  # by slot; shorter than the batch where it is padded
+    images: NDArray[np.float32]  # (slots, 3, h, w)
+    reads: tuple[_Read, ...]  # by slot
 
 
 class _Books:
@@ -231,32 +255,27 @@ class _Books:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.ended = 0
-        self._owner = {i: group.number for group in groups for i in group.tiles}
         self._open = deque(groups)
         self._left = {group.number: len(group.tiles) for group in groups}
-        self._states: dict[int, tuple[str, str]] = {}
-        self._found: dict[int, Detections] = {}
+        self._states: dict[tuple[int, int], tuple[str, str]] = {}
+        self._found: dict[tuple[int, int], Detections] = {}
 
-    def together(self, one: Tile, other: Tile) -> bool:
-        """Whether two tiles are of one group."""
-        return self._owner[one.index] == self._owner[other.index]
-
-    def end(self, tile: Tile, state: str, reason: str = "", found: Detections | None = None) -> None:
+    def end(self, read: _Read, state: str, reason: str = "", found: Detections | None = None) -> None:
         """A tile has ended."""
         self.ended += 1
-        self._left[self._owner[tile.index]] -= 1
-        self._states[tile.index] = state, reason
+        self._left[read.group] -= 1
+        self._states[read.group, read.tile.index] = state, reason
         if found is not None:
-            self._found[tile.index] = found
+            self._found[read.group, read.tile.index] = found
 
     def closed(self) -> Iterator[tuple[Group, Part]]:
         """The groups that are whole, in their order; what was found in them is then no longer here."""
         while self._open and self._left[self._open[0].number] == 0:
             group = self._open.popleft()
-            order = [i for i in group.tiles if i in self._found]
-            found = [self._found.pop(i) for i in order]
+            order = [i for i in group.tiles if (group.number, i) in self._found]
+            found = [self._found.pop((group.number, i)) for i in order]
             tiles = np.repeat(np.array(order, np.int64), [len(each) for each in found])
-            ended = tuple((i, *self._states.pop(i)) for i in group.tiles)
+            ended = tuple((i, *self._states.pop((group.number, i))) for i in group.tiles)
             yield group, Part(Detections.concatenate(found) if found else None, tiles, ended)
 
 
@@ -272,16 +291,17 @@ def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _batch(slots: list[_Read], size: tuple[int, int], batch: int) -> _Batch:
-    """Images side by side: where they were read to, if that is one batch, else a copy."""
+def _batch(slots: list[_Read]) -> _Batch:
+    """Images side by side: where they were read to, if that is one batch, else a copy. One at least was read."""
     shown = [None if read.pixels is None else read.pixels.image for read in slots]
     sheet = slots[0].sheet
-    if sheet is not None and len(slots) == batch:
+    if sheet is not None:
         placed = (one is not None and np.may_share_memory(one, sheet[n]) for n, one in enumerate(shown))
         if all(placed):
-            return _Batch(sheet, tuple(slots))
-    images = np.zeros((batch, 3, *size), np.float32)
-    for image, one in zip(images, shown, strict=False):
+            return _Batch(sheet[: len(slots)], tuple(slots))
+    shape = next(one.shape for one in shown if one is not None)
+    images = np.zeros((len(slots), *shape), np.float32)
+    for image, one in zip(images, shown, strict=True):
         if one is not None:
             image[:] = one
     return _Batch(images, tuple(slots))
@@ -329,8 +349,7 @@ def _input_size(grid: Grid) -> tuple[int, int]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether NumPy, torch on the CPU or torch on a GPU ran out of memory; torch names only the last by a
-    class.
-    """
+    """Whether NumPy, torch on the CPU or torch on a GPU ran out of memory; torch has a class for the last alone."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "out of memory" in text or "allocate memory" in text

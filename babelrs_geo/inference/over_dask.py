@@ -1,11 +1,13 @@
 """Groups of tiles by the workers of a Dask cluster: the caller's scheduler, or processes on this machine.
 
 No more groups are under way than the workers need, and results come back one by one. What a lost worker had is done
-again by another; a group that keeps failing becomes failed tiles of the coverage. Each process loads the detector once.
+again by another; a group that keeps failing becomes failed tiles of the coverage. Each process loads the detector once,
+and computes one group at a time, whatever threads Dask gives it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
@@ -33,13 +35,14 @@ class Loader(Hashable, Protocol):
 def crew(client: Any, look: Look, load: Loader) -> Crew:
     """The workers of `client`, a `distributed.Client` that may belong to somebody else, who may use it meanwhile.
 
-    Raises, while computing, what `load` raises and the `ParameterError` of a worker whose memory did not suffice.
+    Raises, while computing, what `load` raises and the `BatchError` of a worker whose memory did not suffice.
     """
 
     def compute(groups: Sequence[Group], tick: Tick) -> Iterator[tuple[Group, Part]]:
         from distributed import as_completed
 
         left = iter(groups)
+        doubtful: list[Group] = []
         under_way: dict[Any, Group] = {}
         ended = as_completed([], loop=client.loop)
 
@@ -56,6 +59,15 @@ def crew(client: Any, look: Look, load: Loader) -> Crew:
                 future = next(ended)
                 group = under_way.pop(future)
                 send()
+                if _lost(future):
+                    doubtful.append(group)
+                    continue
+                part = _part(future, group)
+                tick(len(group.tiles))
+                yield group, part
+            for group in doubtful:  # each alone, so that none is blamed for what another does to a worker
+                future = client.submit(_compute, look, load, group, pure=False)
+                under_way[future] = group
                 part = _part(future, group)
                 tick(len(group.tiles))
                 yield group, part
@@ -63,6 +75,13 @@ def crew(client: Any, look: Look, load: Loader) -> Crew:
             client.cancel(list(under_way))
 
     return compute
+
+
+def _lost(future: Any) -> bool:
+    """Whether several workers in turn died with a group, or with one that waited beside it."""
+    from distributed.scheduler import KilledWorker
+
+    return isinstance(future.exception(), KilledWorker)
 
 
 def _part(future: Any, group: Group) -> Part:
@@ -79,15 +98,17 @@ def _part(future: Any, group: Group) -> Part:
 
 _held: dict[Loader, Sequence[Detector]] = {}
 """On a worker: the detectors of the run before, since the next is likely to want the same."""
+_busy = threading.Lock()
 
 
 def _compute(look: Look, load: Callable[[], Sequence[Detector]], group: Group) -> Part:
     """On a worker: one group."""
-    if load not in _held:
-        _held.clear()
-        _held[load] = load()
-    try:
-        ((_, part),) = look.parts(_held[load], [group])
-    finally:
-        look.scene.close()
+    with _busy:
+        if load not in _held:
+            _held.clear()
+            _held[load] = load()
+        try:
+            ((_, part),) = look.parts(_held[load], [group])
+        finally:
+            look.scene.close()
     return part

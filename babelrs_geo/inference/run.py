@@ -12,9 +12,9 @@ from babelrs_geo.detections import Detections
 from babelrs_geo.errors import SceneError
 from babelrs_geo.inference.coverage import DETECTED, EMPTY, FAILED, OUTSIDE, Area, Coverage
 from babelrs_geo.inference.look import Detector, Group, InferenceOptions, Look, Part, Tick
-from babelrs_geo.merging import merge
+from babelrs_geo.merging import Seen, merge_scales
 from babelrs_geo.scenes import Scene
-from babelrs_geo.tiling import Grid, Tile
+from babelrs_geo.tiling import Grid
 
 Progress = Callable[[int, int], None]
 """Called in the caller's thread with (tiles done, tiles in all) each time tiles have ended."""
@@ -94,61 +94,90 @@ def gather(
         parts[group.number] = part
         if keep is not None:
             keep.put(group.number, part)
-    return _merged(look, [parts[group.number] for group in groups], area)
+    return _merged(look, [(group, parts[group.number]) for group in groups], area)
 
 
 def groups_of(look: Look, area: Area | None = None) -> list[Group]:
-    """What is computed of a look: the groups of the tiles whose inner rectangle touches the area."""
-    if area is None:
-        return look.groups(np.ones(len(look.grid), bool))
-    return look.groups(area.touches(_scene_rects(look)))
+    """What is computed of a look: the groups of the tiles whose inner rectangle touches the area, pass by pass."""
+    inners = [_scene_rects(grid, look.scene) for grid, _ in look.passes]
+    return look.groups(*(np.ones(len(each), bool) if area is None else area.touches(each) for each in inners))
 
 
-def _merged(look: Look, parts: list[Part], area: Area | None) -> tuple[Detections, Coverage]:
+def _merged(look: Look, parts: list[tuple[Group, Part]], area: Area | None) -> tuple[Detections, Coverage]:
     """All parts as one result."""
-    tiles, inners = list(look.grid), _scene_rects(look)
-    states, reasons = [OUTSIDE] * len(tiles), [""] * len(tiles)
-    for part in parts:
-        for index, state, reason in part.ended:
-            states[index], reasons[index] = state, reason
-    _refuse_total_failure(look.scene, states, reasons)
-    found = [part for part in parts if part.found is not None]
-    if not found:
-        return Detections.empty((), False), Coverage(inners, tuple(states), tuple(reasons))
-    outers = np.array([tile.outer for tile in tiles], np.int64)
-    merged = merge(
-        Detections.concatenate([part.found for part in found if part.found is not None]),
-        outers[np.concatenate([part.tiles for part in found])],
-        (look.grid.height, look.grid.width),
-        look.options.merging,
-    )
-    found_at = merged.scale(look.scene.width / look.grid.width, look.scene.height / look.grid.height)
+    inners = [_scene_rects(grid, look.scene) for grid, _ in look.passes]
+    states, reasons = _ended(look, parts, inners)
+    ground = inners[0]
+    seen = []
+    for level, (grid, _) in enumerate(look.passes):
+        found = [
+            (part.found, part.tiles)
+            for group, part in parts
+            if group.level == level and part.found is not None
+        ]
+        if found:
+            outers = np.array([tile.outer for tile in grid], np.int64)
+            boxes = Detections.concatenate([each for each, _ in found])
+            tiles = outers[np.concatenate([tiles for _, tiles in found])]
+            if level and look.large is not None:
+                asked = np.isin(boxes.class_names, look.large)
+                boxes, tiles = boxes[asked], tiles[asked]
+            seen.append(Seen(boxes, tiles, (grid.height, grid.width), grid.tile, grid.overlap))
+    if not seen:
+        return Detections.empty((), False), Coverage(ground, tuple(states), tuple(reasons))
+    merged = merge_scales(seen, look.options.merging)
+    height, width = seen[0].shape
+    found_at = merged.scale(look.scene.width / width, look.scene.height / height)
     if area is not None:
         inside = area.holds(found_at.boxes[:, 0], found_at.boxes[:, 1])
-        merged, found_at = merged[inside], found_at[inside]
-    for index in np.unique(_owners(tiles, merged)):
+        found_at = found_at[inside]
+    for index in np.unique(_owners(look.grid, look.scene, found_at)):
         if states[index] == EMPTY:
             states[index] = DETECTED
-    return found_at, Coverage(inners, tuple(states), tuple(reasons))
+    return found_at, Coverage(ground, tuple(states), tuple(reasons))
 
 
-def _scene_rects(look: Look) -> NDArray[np.int64]:
+def _ended(
+    look: Look, parts: list[tuple[Group, Part]], inners: list[NDArray[np.int64]]
+) -> tuple[list[str], list[str]]:
+    """How each tile of the finest pass ended, and why. Ground that a coarser pass could not read has failed too."""
+    states, reasons = [OUTSIDE] * len(inners[0]), [""] * len(inners[0])
+    for group, part in parts:
+        for index, state, reason in part.ended:
+            if group.level == 0:
+                states[index], reasons[index] = state, reason
+    _refuse_total_failure(look.scene, states, reasons)
+    middle = inners[0][:, :2] + inners[0][:, 2:] / 2
+    for group, part in parts:
+        for index, state, reason in part.ended:
+            if group.level and state == FAILED:
+                x, y, width, height = inners[group.level][index]
+                under = ((middle >= (x, y)) & (middle < (x + width, y + height))).all(1)
+                for tile in np.flatnonzero(under):
+                    if states[tile] == EMPTY:
+                        states[tile] = FAILED
+                        reasons[tile] = f"read coarser, at scale {look.passes[group.level][1]:g}: {reason}"
+    return states, reasons
+
+
+def _scene_rects(grid: Grid, scene: Scene) -> NDArray[np.int64]:
     """Inner rectangles (N, 4) in whole scene pixels. Their edges, not their sizes, are rounded, so that
     neighbours still meet exactly and the rectangles still partition the scene.
     """
-    stretch = (look.scene.width / look.grid.width, look.scene.height / look.grid.height)
-    inners = np.array([tile.inner for tile in look.grid], np.int64)
+    stretch = (scene.width / grid.width, scene.height / grid.height)
+    inners = np.array([tile.inner for tile in grid], np.int64)
     start = np.rint(inners[:, :2] * stretch).astype(np.int64)
     end = np.rint((inners[:, :2] + inners[:, 2:]) * stretch).astype(np.int64)
     return np.concatenate([start, end - start], axis=1)
 
 
-def _owners(tiles: list[Tile], found: Detections) -> NDArray[np.int64]:
-    """The index of the tile whose inner rectangle holds each centre; `found` in grid pixels."""
-    inners = np.array([tile.inner for tile in tiles], np.int64)
+def _owners(grid: Grid, scene: Scene, found: Detections) -> NDArray[np.int64]:
+    """The index of the tile whose inner rectangle holds each centre; `found` in scene pixels."""
+    inners = np.array([tile.inner for tile in grid], np.int64)
     columns, rows = np.unique(inners[:, 0]), np.unique(inners[:, 1])
-    column = np.clip(np.searchsorted(columns, found.boxes[:, 0], side="right") - 1, 0, None)
-    row = np.clip(np.searchsorted(rows, found.boxes[:, 1], side="right") - 1, 0, None)
+    x, y = found.boxes[:, 0] * (grid.width / scene.width), found.boxes[:, 1] * (grid.height / scene.height)
+    column = np.clip(np.searchsorted(columns, x, side="right") - 1, 0, None)
+    row = np.clip(np.searchsorted(rows, y, side="right") - 1, 0, None)
     return row * len(columns) + column
 
 

@@ -17,6 +17,15 @@ from babelrs_geo.inference.look import Part
 NOTE = "run.json"
 
 
+def noted(folder: Path) -> dict[str, Any] | None:
+    """What the parts in a folder are about; None where there are none."""
+    note = folder / NOTE
+    if not note.is_file():
+        return None
+    about: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    return about
+
+
 class Spool:
     """A folder of parts, each an Arrow file that is there whole or not at all.
 
@@ -34,7 +43,7 @@ class Spool:
                     f"an earlier run left {len(self._files())} parts of its work in {folder}; pass --resume to go "
                     "on, or --overwrite to start anew"
                 )
-            if (there := json.loads(note.read_text(encoding="utf-8"))) != known:
+            if (there := noted(folder) or {}) != known:
                 raise OutputError(
                     f"{folder} holds parts of another run ({_difference(there, known)}); run what they are of, or "
                     "pass --overwrite to start anew"
