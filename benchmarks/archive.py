@@ -245,7 +245,7 @@ def _alone(scenes: Sequence[tuple[str, str]], options: DetectOptions) -> tuple[f
             grid = plan_for(scene, weights.header, options).grid
             images = [scene.read(tile.outer).image for tile in grid]
         find_objects = weights.detector(sensor)
-        batch = fitting(options.batch, len(images))
+        batch = fitting(int(options.batch), len(images))
         batches = [np.stack(images[start : start + batch]) for start in range(0, len(images), batch)]
         if sensor not in seen:
             seen.add(sensor)

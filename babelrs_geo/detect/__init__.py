@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from babelrs_geo import concepts
 from babelrs_geo.detect.area import MapArea, area_of
 from babelrs_geo.detect.crew import (
     BATCH,
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from babelrs_geo.detections import Detections
     from babelrs_geo.inference import Crew, Look
     from babelrs_geo.inference.spool import Spool
-    from babelrs_geo.models.checkpoints import Header
     from babelrs_geo.models.zoo import Weights
     from babelrs_geo.scenes import Scene
 
