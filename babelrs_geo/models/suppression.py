@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from babelrs_geo.boxes import compiled
+from babelrs_geo.kernels import compiled
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
