@@ -87,7 +87,13 @@ def connect(workers: Workers) -> Iterator[Any]:
     Raises ParameterError where no scheduler answers.
     """
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, WorkerPlugin
+
+    class Deaf(WorkerPlugin):
+        """An interrupt from the terminal reaches all and is this process's to answer."""
+
+        def setup(self, worker: Any) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     if workers.scheduler is not None:
         named = "scheduler_file" if Path(workers.scheduler).suffix == ".json" else "address"
@@ -116,6 +122,7 @@ def connect(workers: Workers) -> Iterator[Any]:
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
+        client.register_plugin(Deaf())
         yield client
 
 
