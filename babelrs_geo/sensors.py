@@ -163,6 +163,7 @@ class Radiometry:
         out[:, ~valid] = 0.0
         for i in range(len(raw), 3):
             out[i] = out[0]
+        out += np.float32(0.0)  # of -0 and 0, NumPy's clip gives this or that by where a pixel lies
         return out
 
     def _stretch(self, band: NDArray[np.generic], valid: NDArray[np.bool_], i: int) -> NDArray[np.float32]:

@@ -37,7 +37,7 @@ from babelrs_geo.archive.cell import Limits, Turn
 from babelrs_geo.archive.ledger import Ledger
 from babelrs_geo.archive.run import RunOptions, run
 from babelrs_geo.archive.sources import find
-from babelrs_geo.archive.work import Detection, Outcome, Task, fitting, weights_hash
+from babelrs_geo.archive.work import Detection, Outcome, Task, weights_hash
 from babelrs_geo.detect import DetectOptions
 
 SIDE = 256
@@ -245,7 +245,7 @@ def _alone(scenes: Sequence[tuple[str, str]], options: DetectOptions) -> tuple[f
             grid = plan_for(scene, weights.header, options).grid
             images = [scene.read(tile.outer).image for tile in grid]
         find_objects = weights.detector(sensor)
-        batch = fitting(int(options.batch), len(images))
+        batch = int(options.batch)
         batches = [np.stack(images[start : start + batch]) for start in range(0, len(images), batch)]
         if sensor not in seen:
             seen.add(sensor)

@@ -28,7 +28,7 @@ from babelrs_geo.archive.ledger import DONE, DUPLICATE, FAILED, INCOMPLETE, STAL
 from babelrs_geo.archive.outputs import files_of
 from babelrs_geo.archive.run import RunOptions
 from babelrs_geo.archive.sources import Item
-from babelrs_geo.archive.work import fingerprint, fitting
+from babelrs_geo.archive.work import fingerprint
 from babelrs_geo.cluster import Workers
 from babelrs_geo.errors import OutputError, ParameterError, WeightsError
 from babelrs_geo.vectors import read_result
@@ -180,16 +180,6 @@ def test_only_the_whole_hash_sees_what_lies_between_the_sampled_blocks(tmp_path)
     (tmp_path / "b").write_bytes(data)
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
     assert fingerprint(tmp_path / "a", whole=True) != fingerprint(tmp_path / "b", whole=True)
-
-
-@given(st.integers(1, 64), st.integers(1, 500))
-def test_the_fitting_batch_pads_least(batch, tiles):
-    chosen = fitting(batch, tiles)
-    assert 1 <= chosen <= batch
-    cost = -(-tiles // chosen) * chosen
-    assert all(cost <= -(-tiles // b) * b for b in range(1, batch + 1))
-    if tiles <= batch:
-        assert chosen == tiles
 
 
 @pytest.mark.slow

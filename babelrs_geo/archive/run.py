@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -328,6 +328,7 @@ class _Loop:
                     old = old or next((v["output"] for i, v in changes if i == later and "output" in v), None)
                     gone += [old] if old else []
                     changes.append((later, {"state": DUPLICATE, "twin": row.id, "output": None}))
+                    changes += [(each, {"twin": row.id}) for each in self._doubles(mark, later, changes)]
             if values["state"] in (DONE, INCOMPLETE):
                 folders |= self._placed(output)
                 values["output"] = output
@@ -374,6 +375,13 @@ class _Loop:
         earlier = [each for each in others if each < row]
         later = [each for each in others if each > row]
         return (min(earlier) if earlier else None), (min(later) if later else None)
+
+    def _doubles(self, mark: str, first: int, changes: Sequence[tuple[int, Mapping[str, Any]]]) -> list[int]:
+        """Scenes that are told, or are about to be, as doubles of this one."""
+        told = self.ledger.rows(
+            "SELECT id FROM scenes INDEXED BY by_content WHERE fingerprint = ? AND twin = ?", (mark, first)
+        )
+        return [*(row["id"] for row in told), *(i for i, values in changes if values.get("twin") == first)]
 
 
 __all__ = ["Ended", "Job", "RunOptions", "recipe_of", "run"]

@@ -22,7 +22,7 @@ from babelrs_geo.archive.outputs import footprint, stac_item, write_json
 from babelrs_geo.archive.practice import practise
 from babelrs_geo.archive.remote import state_of, web_address
 from babelrs_geo.archive.safe import is_product, is_safe, opened
-from babelrs_geo.errors import BabelError, OutputError, ParameterError, SceneError
+from babelrs_geo.errors import BabelError, OutputError, SceneError
 
 if TYPE_CHECKING:
     from babelrs_geo.archive.cell import Turn
@@ -169,16 +169,14 @@ class Detection:
                 if self.crs is not None:
                     check_crs(self.crs, georeferenced=scene.georef.crs is not None)
                 plan = plan_for(scene, weights.header, self.options)
-                fitted = self.options
-                if isinstance(fitted.batch, int):
-                    fitted = replace(fitted, batch=fitting(fitted.batch, len(plan.grid)))
-                running, size = Running(), fitted.batch if isinstance(fitted.batch, int) else BATCH
+                options, running = self.options, Running()
+                size = options.batch if isinstance(options.batch, int) else BATCH
                 if task.parts and len(plan.grid) >= SHARED_FROM * GROUP * size:
-                    fitted = replace(fitted, batch=size)  # the same for all that share
+                    options = replace(options, batch=size)  # the same for all that share
                     running = Running(spool=task.parts, resume=True)
                     if not task.gather:
-                        return self._shared(task, scene, weights, fitted, running)
-                found = detect(scene, weights, fitted, running=running)
+                        return self._shared(task, scene, weights, options, running)
+                found = detect(scene, weights, options, running=running)
                 values |= self._written(task, scene, found)
         caution = next((str(w.message) for w in caught if issubclass(w.category, UserWarning)), None)
         failed = values["tiles_failed"]
@@ -244,16 +242,6 @@ def shown(reason: str, task: Task) -> str:
     if task.path != task.source:
         secrets = {gdal_path(task.path): task.source, task.path: task.source}
     return " ".join(scrub(reason, secrets).split())
-
-
-def fitting(batch: int, tiles: int) -> int:
-    """The largest batch, at most `batch`, that pads the fewest images to compute `tiles`: a function of the grid alone.
-
-    A scene of one tile is then computed alone, not with three images of zeros.
-    """
-    if tiles < 1 or batch < 1:
-        raise ParameterError(f"batch is {batch} for {tiles} tiles, expected at least 1 of each")
-    return min(range(min(batch, tiles), 0, -1), key=lambda b: -(-tiles // b) * b)
 
 
 def fingerprint(path: Path, *, whole: bool = False) -> str:

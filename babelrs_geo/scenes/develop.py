@@ -113,7 +113,7 @@ def _finish(y, valid, place, out):  # type: ignore[no-untyped-def]
 @_vectorised
 def _byte(number):  # type: ignore[no-untyped-def]
     value = np.float32(number) / np.float32(255.0)
-    return min(max(value, np.float32(0.0)), np.float32(1.0))
+    return min(max(value, np.float32(0.0)), np.float32(1.0)) + np.float32(0.0)  # never -0
 
 
 @_vectorised
@@ -160,7 +160,7 @@ def _line(number, scale, offset, low, span, scaled):  # type: ignore[no-untyped-
     value = np.float64(number)
     if scaled:
         value = value * scale + offset
-    return np.float32(min(max((value - low) / span, 0.0), 1.0))
+    return np.float32(min(max((value - low) / span, 0.0), 1.0) + 0.0)
 
 
 @_vectorised
@@ -168,7 +168,7 @@ def _root(number, scale, offset, low, span, scaled):  # type: ignore[no-untyped-
     value = np.float64(number)
     if scaled:
         value = value * scale + offset
-    return np.float32(min(max((np.sqrt(max(value, 0.0)) - low) / span, 0.0), 1.0))
+    return np.float32(min(max((np.sqrt(max(value, 0.0)) - low) / span, 0.0), 1.0) + 0.0)
 
 
 @_vectorised
