@@ -202,12 +202,14 @@ def test_a_giant_scene_is_shared_by_all_workers_and_the_same_as_alone(tmp_path, 
     (tmp_path / "seen").mkdir()
     go(tmp_path / "in", tmp_path / "one")
     (tmp_path / "in" / f"{name}.seen").unlink(missing_ok=True)
-    work = BrightWork(seen=str(tmp_path / "seen"))
+    work = BrightWork(seen=str(tmp_path / "seen"), pause=0.2)
     assert go(tmp_path / "in", tmp_path / "two", work=work, workers=Workers(processes=2)).whole
     assert content(tmp_path / "two") == content(tmp_path / "one")
     told = [path.name.rsplit(" ", 1) for path in (tmp_path / "seen").iterdir() if "giant" in path.name]
     parts = {task: worker for task, worker in told if "(" in task}
-    assert len(parts) >= 6 and len(set(parts.values())) == 2
+    assert len(parts) >= 6
+    # Where a process has to start anew, the other worker may have done all of it by then.
+    assert deadly or len(set(parts.values())) == 2
     assert not (tmp_path / "two" / ".parts").exists()
 
 
