@@ -16,6 +16,8 @@ import os, signal, sys, time
 from babelrs_geo.archive.turns import Turns
 
 turns = Turns([int(handle) for handle in sys.argv[3:]])
+print("ready", flush=True)
+sys.stdin.read()
 log = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 for n in range(40):
     with turns:
@@ -33,9 +35,16 @@ def test_one_process_at_a_time_in_turn_and_one_that_dies_leaves_its_turn(tmp_pat
         subprocess.Popen(
             [sys.executable, "-c", TAKE, str(tmp_path / "log"), how, *map(str, rota.handles)],
             pass_fds=rota.handles,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         for how in ("lives", "lives", "dies")
     ]
+    for process in processes:  # they begin together
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
     assert [process.wait(60) for process in processes] == [0, 0, -9]
     lines = (tmp_path / "log").read_text().splitlines()
     died = f"{processes[2].pid} in"
@@ -48,6 +57,9 @@ def test_one_process_at_a_time_in_turn_and_one_that_dies_leaves_its_turn(tmp_pat
     together = owners[: min(len(owners) - owners[::-1].index(str(p.pid)) for p in processes[:2])]
     switches = sum(one != other for one, other in zip(together, together[1:], strict=False))
     assert switches > len(together) // 3
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.close()
     rota.close()
 
 
