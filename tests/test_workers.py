@@ -59,6 +59,7 @@ class Bright:
                 raise RuntimeError("CUDA out of memory")
             if np.isclose(images, ODD / 255).any():
                 if self.deadly:
+                    time.sleep(2)  # distributed gives up a worker that dies before its start is over
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("an odd\npixel")
             return bright_detector(images)
