@@ -130,7 +130,8 @@ def test_each_block_is_decoded_once_in_memory_for_a_row(make_raster, monkeypatch
         assert STORE.decoded - decoded == len(pieces)
         assert STORE._bytes == 0
         size = path.stat().st_size
-        assert 0.95 * size < asked < 1.05 * size  # the file is not compressed
+        page = 4096  # the C library reads whole ones, so the last of a block twice where threads take turns
+        assert 0.95 * size < asked < 1.05 * size + page * len(pieces)  # the file is not compressed
         assert most < 0.25 * side * side * 3
 
 
