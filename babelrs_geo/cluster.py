@@ -20,6 +20,10 @@ CUTTING = ("babelrs_geo.chips.cut", "dask.multiprocessing")
 """What those who cut chips import."""
 
 
+REPLACED = 5.0
+"""Seconds between looks at whether a local cluster has all its processes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workers:
     """Who does the work; no choice here changes a result."""
@@ -121,9 +125,30 @@ def connect(workers: Workers) -> Iterator[Any]:
             silence_logs=50,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
+        _kept(cluster, workers.processes),
     ):
         client.register_plugin(Deaf())
         yield client
+
+
+@contextmanager
+def _kept(cluster: Any, processes: int) -> Iterator[None]:
+    """A cluster of this machine whose processes are replaced. A nanny starts its own again, but gives up one that is
+    killed before it has begun, and work would wait for it for ever.
+    """
+    ended = threading.Event()
+
+    def replace() -> None:
+        while not ended.wait(REPLACED):
+            cluster.scale(processes)  # which starts those that the cluster has struck off
+
+    thread = threading.Thread(target=replace, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def dashboard(client: Any) -> str | None:

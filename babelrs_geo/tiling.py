@@ -132,16 +132,22 @@ class Grid:
     def __iter__(self) -> Iterator[Tile]:
         return (self[i] for i in range(len(self)))
 
-    def order(self, strip: int | None = None) -> Iterator[int]:
+    def order(self, strip: int | None = None, *, paired: bool = False) -> Iterator[int]:
         """The indices of all tiles so that neighbours follow one another: row by row and, where the scene is wider
         than `strip` pixels, in vertical strips of that width or less. A reader that keeps what the next row shares
         with this one then needs memory for a strip alone.
+
+        `paired` takes the last two rows column by column: the last one is shifted back, so that it shares more with
+        the one before than other rows do, which nobody has to keep then.
         """
         parts = min(self.columns, -(-self.width // strip)) if strip else 1
         edges = [part * self.columns // parts for part in range(parts + 1)]
+        pair = 2 if paired and self.rows > 1 else 0
         for left, right in pairwise(edges):
-            for row in range(self.rows):
+            for row in range(self.rows - pair):
                 yield from range(row * self.columns + left, row * self.columns + right)
+            for column in range(left, right) if pair else ():
+                yield from ((self.rows - 2) * self.columns + column, (self.rows - 1) * self.columns + column)
 
     def __getitem__(self, i: int) -> Tile:
         """Tile `i`, counted from the end where negative. Raises IndexError beyond the grid."""

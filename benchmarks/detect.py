@@ -280,7 +280,7 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
     def reading() -> None:
         with open_scene(path, "rgb") as scene:
             look = look_at(scene)
-            tiles = [look.grid[i].outer for i in look.grid.order(scene.strip())]
+            tiles = [look.grid[i].outer for i in look.grid.order(scene.strip(), paired=scene.is_tiled)]
             with scene.expecting(tiles):
                 for tile in tiles:
                     scene.read(tile)

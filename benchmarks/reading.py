@@ -165,7 +165,7 @@ def every_tile(path: str, sensor: str, threads: int) -> tuple[float, float]:
         scene.read((0, 0, 1, 1))
         opened = time.perf_counter()
         grid = Grid(scene.width, scene.height, TILE, TILE - STEP)
-        tiles = [grid[i].outer for i in grid.order(scene.strip())]
+        tiles = [grid[i].outer for i in grid.order(scene.strip(), paired=scene.is_tiled)]
         waiting: deque[Future[Pixels]] = deque()
         with scene.expecting(tiles):
             for tile in tiles:

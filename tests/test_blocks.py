@@ -65,6 +65,19 @@ def test_grids_are_walked_in_strips():
         assert widest <= strip + 100
 
 
+@pytest.mark.parametrize("strip", [None, 130, 500])
+def test_the_last_two_rows_are_walked_together(strip):
+    grid = Grid(1000, 300, 100, 20)
+    order = list(grid.order(strip, paired=True))
+    assert sorted(order) == list(range(len(grid)))
+    first = (grid.rows - 2) * grid.columns
+    assert [i for i in order if i < first] == [i for i in grid.order(strip) if i < first]
+    assert [i for i in order if i >= first] == [
+        i for c in range(grid.columns) for i in (first + c, first + grid.columns + c)
+    ]
+    assert list(Grid(1000, 90, 100, 20).order(strip, paired=True)) == list(range(grid.columns))
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     layout=st.sampled_from(sorted(LAYOUTS)),
@@ -120,7 +133,7 @@ def test_each_block_is_decoded_once_in_memory_for_a_row(make_raster, monkeypatch
         readers = list(pool.map(ready, range(threads)))
         STORE.forget(scene._reader._token)
         grid = Grid(side, side, 160, 32)
-        tiles = [grid[i].outer for i in grid.order(scene.strip())]
+        tiles = [grid[i].outer for i in grid.order(scene.strip(), paired=scene.is_tiled)]
         pieces = {key for tile in tiles for key in scene._reader.pieces(scene._bands, tile)}
         before, decoded, most = bytes_asked(readers), STORE.decoded, 0
         with scene.expecting(tiles):
@@ -132,7 +145,9 @@ def test_each_block_is_decoded_once_in_memory_for_a_row(make_raster, monkeypatch
         size = path.stat().st_size
         page = 4096  # the C library reads whole ones, so the last of a block twice where threads take turns
         assert 0.95 * size < asked < 1.05 * size + page * len(pieces)  # the file is not compressed
-        assert most < 0.25 * side * side * 3
+        assert (
+            most < 0.14 * side * side * 3
+        )  # a row of blocks is 1/12, also at the end, which is shifted back
 
 
 def test_wide_scenes_in_strips_decode_few_blocks_twice(make_raster, small_pieces, monkeypatch):
@@ -143,7 +158,7 @@ def test_wide_scenes_in_strips_decode_few_blocks_twice(make_raster, small_pieces
     with open_scene(make_raster(noise(wide, high), colours=RGB, creation=layout)) as scene:
         assert scene.strip() == 400
         grid = Grid(wide, high, 20, 4)
-        tiles = [grid[i].outer for i in grid.order(scene.strip())]
+        tiles = [grid[i].outer for i in grid.order(scene.strip(), paired=True)]
         blocks = (wide // block) * (high // block)
         decoded, row = STORE.decoded, 400 * block * 3
         with scene.expecting(tiles):  # announced: a row and a little, whatever the scene's height

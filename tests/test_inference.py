@@ -43,6 +43,8 @@ class ArrayScene:
     def shape_at(self, scale):
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
+    is_tiled = False
+
     def strip(self, scale):
         return self.width
 

@@ -156,7 +156,7 @@ def test_a_remote_scene_is_visited_in_few_requests(
             assert store.sent()[1] <= most
             assert scene.name == "scene.tif"
             grid = Grid(scene.width, scene.height, 200, 40)
-            tiles = [grid[i].outer for i in grid.order(scene.strip())]
+            tiles = [grid[i].outer for i in grid.order(scene.strip(), paired=scene.is_tiled)]
             with ThreadPoolExecutor(threads) as pool, scene.expecting(tiles):
                 for tile, read in zip(tiles, pool.map(scene.read, tiles), strict=True):
                     assert read.image.shape == (3, tile.height, tile.width)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from test_checkpoints import header
 from test_inference import ArrayScene
 from tiny_model import TINY
 
+from babelrs_geo import cluster
 from babelrs_geo.cluster import Workers, connect
 from babelrs_geo.detections import Detections
 from babelrs_geo.errors import OutputError, ParameterError
@@ -59,7 +61,6 @@ class Bright:
                 raise RuntimeError("CUDA out of memory")
             if np.isclose(images, ODD / 255).any():
                 if self.deadly:
-                    time.sleep(2)  # distributed gives up a worker that dies before its start is over
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("an odd\npixel")
             return bright_detector(images)
@@ -328,6 +329,15 @@ def test_local_processes_end_with_the_one_that_started_them(tmp_path):
     while any(map(runs, workers)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(map(runs, workers))
+
+
+def test_a_process_that_its_nanny_has_given_up_is_replaced(monkeypatch):
+    """As it does where a process dies again and again within its first second: nobody would be left to do the work."""
+    monkeypatch.setattr(cluster, "REPLACED", 0.2)
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"}), connect(Workers()) as client:
+        (nanny,) = client.cluster.workers.values()
+        client.cluster.sync(nanny.close)
+        assert client.submit(os.getpid).result(30) != os.getpid()
 
 
 def runs(pid: str) -> bool:

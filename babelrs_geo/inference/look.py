@@ -129,7 +129,7 @@ class Look:
         """
         batch, out = self.options.batch, list[Group]()
         for level, ((grid, scale), chosen) in enumerate(zip(self.passes, wanted, strict=True)):
-            order = [i for i in grid.order(self.scene.strip(scale)) if chosen[i]]
+            order = [i for i in grid.order(self.scene.strip(scale), paired=self.scene.is_tiled) if chosen[i]]
             size = batch * min(max(-(-len(order) // batch) // GROUPS, 1), GROUP)
             out += [
                 Group(len(out) + n, tuple(order[i : i + size]), level)

@@ -222,11 +222,11 @@ class Scene:
         what several of them need is decoded once and let go after the last, and a remote file is asked for more at a
         time.
 
-        The best order is `Grid.order(scene.strip(scale))`: row by row, in vertical strips where the scene is wide.
-        Then every block is decoded once (in strips, one block column in 20 at most twice), and what is held is one
-        row of blocks and a little more. Any other order gives the same pixels, at the cost of memory (256 MB at
-        most) and, beyond that, of decoding again. A part of n rows of tiles that is read by another process decodes
-        about n + 1 rows of blocks.
+        The best order is `Grid.order(scene.strip(scale), paired=scene.is_tiled)`: row by row, in vertical strips where
+        the scene is wide. Then every block is decoded once (in strips, one block column in 20 at most twice), and
+        what is held is one row of blocks and a little more. Any other order gives the same pixels, at the cost of
+        memory (256 MB at most) and, beyond that, of decoding again. A part of n rows of tiles that is read by another
+        process decodes about n + 1 rows of blocks.
         """
         rows, columns = self.shape_at(scale)
         keys = (
@@ -250,6 +250,11 @@ class Scene:
         level = self._finer(rows, columns)
         wide = self._reader.strip(level, len(self._bands))
         return max(1, wide * columns // self._reader.shape(level)[1])
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the file is stored in tiles, not in whole rows: a window then needs few blocks of a row."""
+        return self._reader.facts.block[1] < self.width
 
     def read_raw(self, window: Window) -> NDArray[Any]:
         """The file's own numbers in a window of scene pixels, all bands: `(band, y, x)`."""
