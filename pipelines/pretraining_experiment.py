@@ -215,22 +215,24 @@ def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def fingerprint(protocol: Mapping[str, Any], steps: int | None) -> str:
-    """Of all that what comes out depends on; which arms and seeds there are does not matter."""
+def fingerprint(protocol: Mapping[str, Any], arm: Arm, steps: int | None) -> str:
+    """Of all that what comes out of an arm depends on; which other arms and seeds there are does not matter."""
     same = {name: part for name, part in protocol.items() if name not in ("seeds", "arms")}
-    return hashlib.sha256(json.dumps([same, steps], sort_keys=True).encode()).hexdigest()[:16]
+    own = [arm.taps, arm.sensors, arm.precision]
+    return hashlib.sha256(json.dumps([same, own, steps], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def recorded(every: Sequence[Arm], records: Path, mark: str) -> dict[str, dict[str, Any]]:
+def recorded(every: Sequence[Arm], records: Path, marks: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What came of the arms that are done, by name. ParameterError for a record of another protocol."""
     found = {}
     for arm in every:
         path = records / f"{arm.folder}.json"
         if path.is_file():
             found[arm.folder] = json.loads(path.read_text(encoding="utf-8"))
-            if found[arm.folder]["protocol"] != mark:
+            told, mark = found[arm.folder]["protocol"], marks[arm.folder]
+            if told != mark:
                 raise ParameterError(
-                    f"{path} is of another protocol ({found[arm.folder]['protocol']}, this one is {mark}); "
+                    f"{path} is of another protocol ({told}, this one is {mark}); "
                     "name another folder with --records, or put it away"
                 )
     return found
@@ -276,20 +278,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         own = args.steps is not None or args.protocol != PROTOCOL
         records = args.records or (args.out / "records" if own else RECORDS)
         records.mkdir(parents=True, exist_ok=True)
-        mark = fingerprint(protocol, args.steps)
+        marks = {arm.folder: fingerprint(protocol, arm, args.steps) for arm in every}
         for name in ("instruct", "held_out"):
             if not (args.out / f"{name}.meta.json").exists():
                 write_corpus([args.data], args.out / f"{name}.jsonl", InstructOptions(**protocol[name]))
         for arm in chosen:
-            if arm.folder in recorded(every, records, mark):
+            if arm.folder in recorded(every, records, marks):
                 continue
             if not (args.out / arm.folder / FINAL).exists() and not run(
                 arm, protocol, args.data, args.out, args.steps
             ):
                 sys.exit(f"stopped in {arm.folder}: run the same again, and it goes on")
-            record = {"protocol": mark, **outcome(arm, args.out)}
+            record = {"protocol": marks[arm.folder], **outcome(arm, args.out)}
             write(records / f"{arm.folder}.json", json.dumps(record) + "\n")
-            tell(list(recorded(every, records, mark).values()), records)
+            tell(list(recorded(every, records, marks).values()), records)
             print(f"{arm.folder} is done", flush=True)
     except BabelError as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")

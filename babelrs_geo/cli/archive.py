@@ -349,7 +349,8 @@ def _say(ended: Ended, running: _Running) -> None:
 
 def _tell_failures(ledger: Ledger, count: int) -> None:
     for source, reason in ledger.failures(_TOLD):
-        tell("warning", f"failed: {source}: {reason}")
+        told = reason if reason.startswith(source) else f"{source}: {reason}"
+        tell("warning", f"failed: {told}")
     if count > _TOLD:
         tell("warning", f"{count - _TOLD} more failed: see archive status --json or archive report")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,27 +22,43 @@ def with_coarser(
     the coarse one in any case where it is larger and longer than `tile`, the side of the finer scale's tiles.
     """
     gone, part = np.zeros(len(coarse), np.bool_), np.zeros(len(fine), np.bool_)
-    i, j = meeting(bounds(coarse.boxes), coarse.labels, fine.boxes, fine.labels)
-    shared = intersection_pairs(coarse.boxes[i], fine.boxes[j])
-    area, other = areas(coarse.boxes[i]), areas(fine.boxes[j])
-    same = shared > options.iou * (area + other - shared)
-    inside = ~same & (shared > options.containment * np.minimum(area, other))
+    met = _meet(coarse, fine, options)
     scores = fine.scores.copy()
-    np.maximum.at(scores, j[same], coarse.scores[i[same]])
-    sure = (area > other) & (coarse.boxes[i, 2:4].max(1, initial=0) > tile)
-    wins = sure | (coarse.scores[i] > fine.scores[j])
-    gone[i[same | (inside & ~wins)]] = True
-    part[j[inside & wins & ~gone[i]]] = True
+    np.maximum.at(scores, met.j[met.same], coarse.scores[met.i[met.same]])
+    sure = (met.area > met.other) & (coarse.boxes[met.i, 2:4].max(1, initial=0) > tile)
+    wins = sure | (coarse.scores[met.i] > fine.scores[met.j])
+    gone[met.i[met.same | (met.inside & ~wins)]] = True
+    part[met.j[met.inside & wins & ~gone[met.i]]] = True
     return Detections(fine.boxes, scores, fine.labels, fine.classes, fine.oriented), ~part, ~gone
 
 
 def held(small: Detections, large: Detections, options: MergeOptions) -> NDArray[np.bool_]:
     """(N,) True for boxes that show what one of `large` shows, or lie in it."""
     found = np.zeros(len(small), np.bool_)
-    if len(small) and len(large):
-        i, j = meeting(bounds(small.boxes), small.labels, large.boxes, large.labels)
-        shared = intersection_pairs(small.boxes[i], large.boxes[j])
-        area, other = areas(small.boxes[i]), areas(large.boxes[j])
-        same = shared > options.iou * (area + other - shared)
-        found[i[same | (shared > options.containment * np.minimum(area, other))]] = True
+    met = _meet(small, large, options)
+    found[met.i[met.same | met.inside]] = True
     return found
+
+
+class _Met(NamedTuple):
+    """Pairs of boxes of a class that touch, `(pair,)` each."""
+
+    i: NDArray[np.int64]
+    """Rows of the first."""
+    j: NDArray[np.int64]
+    """Rows of the second."""
+    area: NDArray[np.float64]
+    """Of the first."""
+    other: NDArray[np.float64]
+    same: NDArray[np.bool_]
+    """They show one object."""
+    inside: NDArray[np.bool_]
+    """They do not, but the smaller lies in the larger."""
+
+
+def _meet(first: Detections, second: Detections, options: MergeOptions) -> _Met:
+    i, j = meeting(bounds(first.boxes), first.labels, second.boxes, second.labels)
+    shared = intersection_pairs(first.boxes[i], second.boxes[j])
+    area, other = areas(first.boxes[i]), areas(second.boxes[j])
+    same = shared > options.iou * (area + other - shared)
+    return _Met(i, j, area, other, same, ~same & (shared > options.containment * np.minimum(area, other)))
