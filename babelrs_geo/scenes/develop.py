@@ -63,7 +63,7 @@ def develop_mosaic(radiometry: Radiometry, mosaic: Mosaic, out: NDArray[np.float
 def _kernel(radiometry: Radiometry, dtype: str) -> Kernel | None:
     """One pass for numbers of this type; None where there is none."""
     number = np.dtype(dtype)
-    if radiometry.is_exact and number in (np.uint8, np.float32):
+    if radiometry.is_exact and number == np.uint8:
         return _bytes
     if number.kind in "ui" and number.itemsize <= 2:
         limits = np.iinfo(number)
@@ -71,14 +71,14 @@ def _kernel(radiometry: Radiometry, dtype: str) -> Kernel | None:
         shown = np.broadcast_to(every, (len(radiometry.bands), 1, len(every)))
         table = radiometry.apply(shown, np.ones((1, len(every)), bool))[:, 0]
         return _with(_look_up, np.ascontiguousarray(table), int(limits.min))
-    if number == np.float32 and not radiometry.is_exact and radiometry.kind in _LINEAR | {"intensity"}:
+    if number == np.float32 and radiometry.kind in _LINEAR | {"intensity"}:
         bands = len(radiometry.bands)
         scale, offset = radiometry.scale or (1.0,) * bands, radiometry.offset or (0.0,) * bands
         low, high = np.array(radiometry.low), np.array(radiometry.high)
         if radiometry.kind == "intensity":
             low, high = np.sqrt(np.maximum(low, 0.0)), np.sqrt(np.maximum(high, 0.0))
         factors = np.array([scale, offset, low, high - low])
-        scaled = bool(radiometry.scale or radiometry.offset)
+        scaled = bool(radiometry.scale or radiometry.offset) and not radiometry.is_exact
         return _with(_roots if radiometry.kind == "intensity" else _lines, factors, scaled)
     return None
 
@@ -90,7 +90,7 @@ def _with(kernel: Callable[..., None], *more: Any) -> Kernel:
     return call
 
 
-# A grey number goes to its three channels at once: stores then hide behind the arithmetic of the next numbers.
+# A grey number that is computed goes to its three channels at once: stores hide behind the arithmetic of the next ones.
 
 
 @_vectorised
@@ -112,13 +112,12 @@ def _finish(y, valid, place, out):  # type: ignore[no-untyped-def]
 
 @_vectorised
 def _byte(number):  # type: ignore[no-untyped-def]
-    value = np.float32(number) / np.float32(255.0)
-    return min(max(value, np.float32(0.0)), np.float32(1.0)) + np.float32(0.0)  # never -0
+    return np.float32(number) / np.float32(255.0)
 
 
 @_vectorised
 def _bytes(raw, valid, masked, place, out):  # type: ignore[no-untyped-def]
-    """`x / 255`, within [0, 1]: resampled bytes may ring past the range."""
+    """`x / 255` of bytes."""
     top, left, _, _, high, wide = place
     for y in range(high):
         first, second, third = _rows(y, place, out)
@@ -144,7 +143,9 @@ def _look_up(raw, valid, masked, place, out, table, least):  # type: ignore[no-u
         there = raw[0, top + y, left : left + wide]
         if raw.shape[0] == 1:
             for x in range(wide):
-                first[x] = second[x] = third[x] = table[0, np.uint64(np.int64(there[x]) - least)]
+                first[x] = table[0, np.uint64(np.int64(there[x]) - least)]
+            for x in range(wide):  # apart: this is vector code, a look into a table is not
+                second[x] = third[x] = first[x]
         else:
             for b, here in enumerate((first, second, third)):
                 there = raw[b, top + y, left : left + wide]
