@@ -1,6 +1,4 @@
-"""`Scene`: one raster, its sensor, radiometry, georeference and validity; `Scene.read(window, scale)` is how
-pixels come in.
-"""
+"""`Scene`: one raster, its sensor, radiometry, georeference and validity; `Scene.read` is how pixels come in."""
 
 from __future__ import annotations
 
@@ -186,9 +184,7 @@ class Scene:
             return self._share
 
     def shape_at(self, scale: float) -> tuple[int, int]:
-        """Rows and columns of the scene read at `scale` model pixels per scene pixel, each rounded, at least
-        1.
-        """
+        """Rows and columns, at least 1, of the scene read at `scale` model pixels per scene pixel."""
         if not (math.isfinite(scale) and scale > 0):
             raise ParameterError(f"scale is {scale}, but must be above 0: model pixels per scene pixel")
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
@@ -224,9 +220,8 @@ class Scene:
 
         The best order is `Grid.order(scene.strip(scale), paired=scene.is_tiled)`: row by row, in vertical strips where
         the scene is wide. Then every block is decoded once (in strips, one block column in 20 at most twice), and
-        what is held is one row of blocks and a little more. Any other order gives the same pixels, at the cost of
-        memory (256 MB at most) and, beyond that, of decoding again. A part of n rows of tiles that is read by another
-        process decodes about n + 1 rows of blocks.
+        what is held is a row of blocks and a little more. Any other order gives the same pixels, at the cost of memory
+        (256 MB at most) and, beyond that, of decoding. Who reads n rows of tiles alone decodes n + 1 rows of blocks.
         """
         rows, columns = self.shape_at(scale)
         keys = (
