@@ -47,7 +47,7 @@ def test_a_folder_with_a_safe_product_and_a_bad_file_from_run_to_retry(tmp_path,
     assert result.exit_code == 3, result.output
     assert result.stdout.startswith("5 scenes in ") and "failed      1" in result.stdout
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"babelrs-geo: warning: failed: {tmp_path / 'in' / 'bad.tif'}: ")
+    assert line.startswith(f"babelrs-geo: warning: failed: {tmp_path / 'in' / 'bad.tif'} cannot be opened")
     status = json.loads(call("archive", "status", out, "--json").stdout)
     assert status["states"]["done"] == 4 and status["states"]["failed"] == 1
     assert status["run"]["parameters"]["weights"] == checkpoints.sha256(weights)
