@@ -145,9 +145,7 @@ def test_each_block_is_decoded_once_in_memory_for_a_row(make_raster, monkeypatch
         size = path.stat().st_size
         page = 4096  # the C library reads whole ones, so the last of a block twice where threads take turns
         assert 0.95 * size < asked < 1.05 * size + page * len(pieces)  # the file is not compressed
-        assert (
-            most < 0.14 * side * side * 3
-        )  # a row of blocks is 1/12, also at the end, which is shifted back
+        assert most < 0.14 * side * side * 3  # a row of blocks is 1/12; the end, shifted back, needs no more
 
 
 def test_wide_scenes_in_strips_decode_few_blocks_twice(make_raster, small_pieces, monkeypatch):

@@ -52,6 +52,11 @@ class Facts:
         """The value of a metadata item, None where it is absent."""
         return dict(self.tags).get(name)
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether it is stored in tiles, not in whole rows."""
+        return self.block[1] < self.width
+
 
 def gdal_path(path: str | os.PathLike[str]) -> str:
     """The name GDAL opens: URLs become its virtual file systems, files on disk absolute paths."""

@@ -169,7 +169,7 @@ class Reader:
     def strip(self, level: int | None, bands: int) -> int:
         """Columns of a level, so many that a row of pieces fits in memory and that few columns are in two strips."""
         (_, wide), (rows, columns) = self._level(level)
-        if self.facts.block[1] >= self.facts.width:
+        if not self.facts.is_tiled:
             return columns
         row = _bytes_of(self.facts, rows, 1, bands)
         return min(wide, max(_ROW // row, min(_STRIP, LIMIT // 2 // row), _COLUMNS * columns))

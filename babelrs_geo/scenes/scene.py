@@ -184,7 +184,7 @@ class Scene:
             return self._share
 
     def shape_at(self, scale: float) -> tuple[int, int]:
-        """Rows and columns, at least 1, of the scene read at `scale` model pixels per scene pixel."""
+        """Rows and columns, rounded and at least 1, of the scene read at `scale` model pixels per scene pixel."""
         if not (math.isfinite(scale) and scale > 0):
             raise ParameterError(f"scale is {scale}, but must be above 0: model pixels per scene pixel")
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
@@ -249,7 +249,7 @@ class Scene:
     @property
     def is_tiled(self) -> bool:
         """Whether the file is stored in tiles, not in whole rows: a window then needs few blocks of a row."""
-        return self._reader.facts.block[1] < self.width
+        return self._reader.facts.is_tiled
 
     def read_raw(self, window: Window) -> NDArray[Any]:
         """The file's own numbers in a window of scene pixels, all bands: `(band, y, x)`."""
