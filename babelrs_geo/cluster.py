@@ -6,13 +6,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any, TypeVar
 
 from babelrs_geo.errors import ParameterError
 
@@ -22,6 +24,10 @@ CUTTING = ("babelrs_geo.chips.cut", "dask.multiprocessing")
 
 REPLACED = 5.0
 """Seconds between looks at whether a local cluster has all its processes."""
+HEEDED = 0.1
+"""Seconds between answers to an interrupt while results are waited for."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,17 @@ def connect(workers: Workers) -> Iterator[Any]:
 
     Raises ParameterError where no scheduler answers.
     """
+    with ExitStack() as stack:
+        try:
+            with held_back():
+                client = _client(workers, stack)
+            yield client
+        finally:
+            with held_back():
+                stack.close()
+
+
+def _client(workers: Workers, stack: ExitStack) -> Any:
     import dask
     from distributed import Client, LocalCluster, WorkerPlugin
 
@@ -102,20 +119,18 @@ def connect(workers: Workers) -> Iterator[Any]:
     if workers.scheduler is not None:
         named = "scheduler_file" if Path(workers.scheduler).suffix == ".json" else "address"
         try:
-            client = Client(**{named: workers.scheduler}, timeout=workers.patience, set_as_default=False)
+            theirs = Client(**{named: workers.scheduler}, timeout=workers.patience, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ParameterError(
                 f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"
             ) from error
-        with client:
-            yield client
-        return
+        return stack.enter_context(theirs)
     # distributed makes its workers give every large array back to the kernel at once (MALLOC_TRIM_THRESHOLD_), and the
     # pages, asked for anew, cost as much again as reading and writing chips
     environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
     environ.pop("MALLOC_TRIM_THRESHOLD_", None)
-    with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": environ}),
+    stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environ}))
+    cluster = stack.enter_context(
         LocalCluster(
             n_workers=workers.processes,
             threads_per_worker=1,
@@ -123,12 +138,12 @@ def connect(workers: Workers) -> Iterator[Any]:
             dashboard_address=":0",  # None is a fixed port, which a second run finds taken
             memory_limit=0,
             silence_logs=50,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-        _kept(cluster, workers.processes),
-    ):
-        client.register_plugin(Deaf())
-        yield client
+        )
+    )
+    client = stack.enter_context(Client(cluster, set_as_default=False))
+    stack.enter_context(_kept(cluster, workers.processes))
+    client.register_plugin(Deaf())
+    return client
 
 
 @contextmanager
@@ -149,6 +164,69 @@ def _kept(cluster: Any, processes: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+_holds: list[Callable[[], None]] = []
+"""How to answer what is held back; one at most."""
+
+
+@contextmanager
+def held_back() -> Iterator[Callable[[], None]]:
+    """Ctrl+C and SIGTERM wait until what this yields is called, between two steps, or the block ends; who heard them
+    before then hears them. A second does not wait. In a block within a block it is the outer one that ends the wait,
+    and in a thread that is not the main one, which hears no signals, nothing is held back.
+
+    An exception that a handler raises anywhere may come between the taking of a lock and its guard, which leaves it
+    taken for ever, or in a finaliser, which swallows it. Dask's client and pools share such locks with their threads,
+    which would never end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    if _holds:
+        yield _holds[0]
+        return
+    told: list[int] = []
+    before: dict[int, Any] = {}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        if len(told) > 1:
+            answer()
+
+    def answer() -> None:
+        if not told:
+            return
+        heard = told[-1]
+        told.clear()
+        if callable(before[heard]):
+            before[heard](heard, None)
+        else:  # as the system does, which ends the process
+            signal.signal(heard, before[heard])
+            signal.raise_signal(heard)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(each) not in (signal.SIG_IGN, None):
+            before[each] = signal.signal(each, hear)
+    _holds.append(answer)
+    try:
+        yield answer
+    finally:
+        _holds.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        answer()
+
+
+def first(ended: SimpleQueue[T]) -> T:
+    """What is put there next; an interrupt is answered meanwhile."""
+    with held_back() as answer:
+        while True:
+            answer()
+            try:
+                return ended.get(timeout=HEEDED)
+            except Empty:
+                pass
 
 
 def dashboard(client: Any) -> str | None:

@@ -285,6 +285,8 @@ def keep_pace(folder: Path, scenes: int, most: int, seconds: float) -> dict[str,
 
     def heard(done: int, _: int) -> None:
         ended.append((done, time.perf_counter()))
+        if done >= most or time.perf_counter() - begun > seconds:
+            raise KeyboardInterrupt
 
     begun = time.perf_counter()
     with suppress(KeyboardInterrupt):
@@ -295,7 +297,6 @@ def keep_pace(folder: Path, scenes: int, most: int, seconds: float) -> dict[str,
             {"weights": "none"},
             RunOptions(suffix=".gpkg"),
             heard,
-            lambda: bool(ended) and (ended[-1][0] >= most or time.perf_counter() - begun > seconds),
         )
     took = time.perf_counter() - begun
     with Ledger(folder / "out") as ledger:

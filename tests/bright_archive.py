@@ -22,7 +22,7 @@ from rasterio.transform import from_origin
 
 from babelrs_geo.archive.cell import Limits, Turn
 from babelrs_geo.archive.crew import Workers
-from babelrs_geo.archive.run import Ended, RunOptions, run
+from babelrs_geo.archive.run import Ended, Progress, RunOptions, run
 from babelrs_geo.archive.sources import find
 from babelrs_geo.archive.work import Detection, Outcome, Task
 from babelrs_geo.detect import DetectOptions
@@ -144,6 +144,7 @@ def go(
     results: Path,
     work: Detection | None = None,
     changed: str = "",
+    progress: Progress | None = None,
     **options: Any,
 ) -> Ended:
     """A run with ordinary options."""
@@ -156,6 +157,7 @@ def go(
         work or BrightWork(),
         parameters,
         RunOptions(**given),
+        progress,
     )
 
 

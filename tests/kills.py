@@ -36,6 +36,17 @@ def end_at_random(
     return ended
 
 
+def last_words(process: subprocess.Popen[str], seconds: float = 120) -> str:
+    """What a program that leads a session says on stderr until its end; where that does not come, it and its children
+    are killed.
+    """
+    try:
+        return process.communicate(timeout=seconds)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 def drafts(folder: Path) -> list[Path]:
     """Files that are not whole."""
     return [p for p in folder.rglob(".*") if p.is_file()]

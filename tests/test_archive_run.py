@@ -124,6 +124,21 @@ def test_failed_scenes_wait_for_retry(tmp_path):
     assert go(tmp_path / "in", tmp_path / "out").whole
 
 
+def test_an_interrupt_waits_for_the_end_of_a_step_and_the_run_goes_on(tmp_path):
+    make_archive(tmp_path / "in", 4)
+    step: list[int] = []
+
+    def interrupted(done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        step.append(done)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "in", tmp_path / "out", progress=interrupted)
+    assert len(step) == 1
+    ended = go(tmp_path / "in", tmp_path / "out")
+    assert ended.counts[DONE] == 4 and ended.worked == 4 - step[0]
+
+
 def test_other_parameters_or_a_changed_scene_make_results_stale_and_are_not_mixed(tmp_path):
     make_archive(tmp_path / "in", 3)
     go(tmp_path / "in", tmp_path / "out")

@@ -470,6 +470,31 @@ def test_a_process_that_is_lost_costs_nothing_twice(tmp_path, lost):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_waits_for_the_end_of_a_task(tmp_path, workers):
+    options, step = ChipOptions(size=128, overlap=32, block=1, split=(1, 0, 0)), list[int]()
+
+    def interrupted(done: int, total: int) -> None:
+        if done == 2:
+            signal.raise_signal(signal.SIGINT)
+        step.append(done)
+
+    with open_scene(write_raster(tmp_path / "scene", Raster(speckle(600, 600))), "sar") as scene:
+        with pytest.raises(KeyboardInterrupt):
+            cut_chips(
+                [scene],
+                tmp_path / "chips",
+                options=options,
+                workers=Workers(processes=workers),
+                progress=interrupted,
+            )
+        assert step == [0, 1, 2]
+        cut_chips(
+            [scene], tmp_path / "chips", options=options, progress=lambda done, total: step.append(done)
+        )
+        assert step[3] >= 2 and len(step) > 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_random_moments_and_run_again_it_leaves_the_same_files(tmp_path, workers):

@@ -19,14 +19,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kills import drafts, end_at_random
+from kills import drafts, end_at_random, last_words
 from simple_scenes import bright_detector, canvas, write_scene
 from test_checkpoints import header
 from test_inference import ArrayScene
 from tiny_model import TINY
 
 from babelrs_geo import cluster
-from babelrs_geo.cluster import Workers, connect
+from babelrs_geo.cluster import Workers, connect, held_back
 from babelrs_geo.detections import Detections
 from babelrs_geo.errors import OutputError, ParameterError
 from babelrs_geo.inference import FAILED, Group, InferenceOptions, Look, Part, gather, over_dask, run
@@ -283,13 +283,14 @@ def rows(path: Path):
 def test_told_to_stop_it_says_how_to_go_on(tmp_path, weights):
     town(tmp_path / "town.tif")
     spool = tmp_path / ".out.gpkg.parts"
+    words = command(tmp_path, weights, "out.gpkg", "--quiet")
     with subprocess.Popen(
-        command(tmp_path, weights, "out.gpkg", "--quiet"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         while not list(spool.glob("*.arrow")):
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        told = process.communicate(timeout=120)[1]
+        told = last_words(process)
     assert process.returncode == 130
     assert told == (
         "babelrs-geo: error: stopped, and what is done is kept: run the same with --resume, and it goes on\n"
@@ -301,6 +302,40 @@ def test_told_to_stop_it_says_how_to_go_on(tmp_path, weights):
     assert refused.returncode == 1 and "pass --resume to go on, or --overwrite" in refused.stderr
     subprocess.run(command(tmp_path, weights, "out.gpkg", "--quiet", "--resume"), env=ENVIRONMENT, check=True)
     assert (tmp_path / "out.gpkg").exists() and not spool.exists()
+
+
+def interrupted(step: list[str]) -> None:
+    """Ctrl+C in the middle of a step that is then ended."""
+    signal.raise_signal(signal.SIGINT)
+    step.append("ended")
+
+
+def test_an_interrupt_waits_for_the_end_of_a_step():
+    step: list[str] = []
+    with held_back() as answer:
+        answer()
+        interrupted(step)
+        with held_back() as inner, pytest.raises(KeyboardInterrupt):
+            assert step.pop() == "ended"
+            inner()
+        answer()  # it was answered
+        interrupted(step)
+        with pytest.raises(KeyboardInterrupt):  # a second does not wait
+            interrupted(step)
+        assert step == ["ended"]
+    with pytest.raises(KeyboardInterrupt), held_back():
+        interrupted(step)
+    assert step == ["ended", "ended"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interrupt_of_a_run_waits_for_the_end_of_a_step(tmp_path):
+    with open_scene(town(tmp_path / "town.tif"), sensor="sar") as scene:
+        look, step = look_at(scene), list[str]()
+        with pytest.raises(KeyboardInterrupt):
+            run(scene, bright_detector, look.grid, progress=lambda *_: interrupted(step))
+        assert step == ["ended"]
 
 
 _SLEEPERS = """
@@ -360,7 +395,7 @@ def test_with_workers_it_stops_as_cleanly(tmp_path, weights, stop):
         while len(list(spool.glob("*.arrow"))) < 3:
             assert process.poll() is None
         os.killpg(process.pid, stop)
-        told = process.communicate(timeout=120)[1]
+        told = last_words(process)
     assert process.returncode == 130
     assert told == (
         "babelrs-geo: error: stopped, and what is done is kept: run the same with --resume, and it goes on\n"

@@ -35,14 +35,11 @@ from babelrs_geo.archive.ledger import (
 from babelrs_geo.archive.outputs import DRAFTS, PARTS, flush, output_of, parts_of, place, remove
 from babelrs_geo.archive.sources import Item
 from babelrs_geo.archive.work import Outcome, Task
-from babelrs_geo.cluster import Workers
+from babelrs_geo.cluster import Workers, held_back
 from babelrs_geo.errors import OutputError, ParameterError
 
 Progress = Callable[[int, int], None]
 """Called with (scenes ended, scenes in all)."""
-
-Stop = Callable[[], bool]
-"""Asked between steps whether the run is to stop."""
 
 SUFFIXES = (".gpkg", ".parquet")
 _AHEAD = 256  # rows taken from the ledger at once
@@ -113,12 +110,11 @@ def run(
     parameters: Mapping[str, Any],
     options: RunOptions | None = None,
     progress: Progress | None = None,
-    stop: Stop = lambda: False,
 ) -> Ended:
     """Work on all scenes that are not done with these parameters, and go on where an earlier run stopped.
 
     `sources` lists the scenes; `parameters` are JSON values that decide the results, the weights' hash among them (key
-    `weights`). Where `stop` says so, the workers are stopped and KeyboardInterrupt is raised.
+    `weights`). Ctrl+C is answered between two steps, and the workers are stopped.
 
     Raises OutputError where another run has the folder or the disk is full, and what `sources` and `job.start` raise.
     """
@@ -130,13 +126,13 @@ def run(
             f"{folder} cannot be created ({error.strerror}); write elsewhere with -o"
         ) from error
     recipe = recipe_of({**parameters, "suffix": options.suffix})
-    with ExitStack() as stack:
+    with held_back() as heed, ExitStack() as stack:
         stack.enter_context(locked(folder))
         ledger = stack.enter_context(Ledger(folder, write=True))
         drafts = _fresh_drafts(folder, stack)
         # Workers start while the plan is made.
         crew = stack.enter_context(hired(job, options.limits, options.workers))
-        loop = _Loop(folder, ledger, crew, drafts, recipe, options, str(parameters.get("weights", "")), stop)
+        loop = _Loop(folder, ledger, crew, drafts, recipe, options, str(parameters.get("weights", "")), heed)
         ledger.plan(loop.remembering(sources()))
         ledger.begin(recipe)
         ledger.set(
@@ -186,7 +182,7 @@ class _Loop:
     recipe: str
     options: RunOptions
     weights: str
-    stop: Stop
+    heed: Callable[[], None]
     worked: int = 0
 
     def __post_init__(self) -> None:
@@ -198,7 +194,7 @@ class _Loop:
     def remembering(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items; keeps in memory how those are opened whose address may not be written down."""
         for item in items:
-            self._heed()
+            self.heed()
             if item.path != item.source:
                 self._opened[item.source] = item.path
             yield item
@@ -210,7 +206,7 @@ class _Loop:
         done, last = total - left, time.monotonic()
         try:
             while self._hand_out() or self._out:
-                self._heed()
+                self.heed()
                 for task, outcome in self.crew.finished(_SETTLE_SECONDS):
                     if isinstance(outcome, BaseException):
                         raise outcome
@@ -227,12 +223,8 @@ class _Loop:
         """Wait, but for being told to stop."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            self._heed()
+            self.heed()
             time.sleep(min(left, 0.2))
-
-    def _heed(self) -> None:
-        if self.stop():
-            raise KeyboardInterrupt
 
     def _leave(self) -> None:
         """Settle what has ended, and give back the rest."""

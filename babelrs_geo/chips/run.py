@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from babelrs_geo import __version__
@@ -24,7 +25,7 @@ from babelrs_geo.chips.cut import SPOOL, cut_task, part_path
 from babelrs_geo.chips.options import SPLITS, ChipOptions
 from babelrs_geo.chips.plan import Entry, Plan, Task, plan
 from babelrs_geo.chips.tables import INDEX, NOTE, write_tables, write_text
-from babelrs_geo.cluster import CUTTING, Workers, connect, pool
+from babelrs_geo.cluster import CUTTING, Workers, connect, first, held_back, pool
 from babelrs_geo.errors import OutputError, ParameterError
 from babelrs_geo.scenes import Scene
 from babelrs_geo.vectors import Labels, Objects
@@ -63,7 +64,7 @@ def cut_chips(
 
     Raises OutputError where the folder holds something else, or chips cut with other parameters; LabelError where
     labels and a scene do not go together; SceneError where a scene cannot be read, after which the same may be run
-    again.
+    again. Ctrl+C is answered between two tasks.
     """
     return cut_entries(_entries(scenes, labels), folder, options, workers, progress, sources(labels))
 
@@ -83,17 +84,19 @@ def cut_entries(
     if (out / INDEX).exists() and note.get("counts"):
         shutil.rmtree(out / SPOOL, ignore_errors=True)
         return _ended(out, note["counts"])
-    with _crew(workers) as work:
+    with held_back() as answer, _crew(workers) as work:
         planned = plan(entries, options)
         _tell_empty(planned, options)
         left = [task for task in planned.tasks if not part_path(out, task.key).exists()]
         for scene in {id(task.entry): task.entry.scene for task in left}.values():
+            answer()
             scene.find_collar()
         done = itertools.count(len(planned.tasks) - len(left))
 
         def tell() -> None:
             if progress:
                 progress(next(done), len(planned.tasks))
+            answer()
 
         tell()
         work(left, out, options, tell)
@@ -298,15 +301,14 @@ def _by_processes(
 def _by_cluster(
     client: Any, tasks: Sequence[Task], out: Path, options: ChipOptions, tell: Callable[[], None]
 ) -> None:
-    from distributed import as_completed
-
-    if not tasks:
-        return
     light = [task.light() for task in _largest_first(tasks)]
     futures = client.map(cut_task, light, folder=str(out), options=options, pure=False, batch_size=64)
+    ended: SimpleQueue[Any] = SimpleQueue()
+    for future in futures:
+        future.add_done_callback(ended.put)
     try:
-        for future in as_completed(futures, loop=client.loop):
-            future.result()
+        for _ in futures:
+            first(ended).result()
             tell()
     finally:
         client.cancel(futures)

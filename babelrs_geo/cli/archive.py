@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +20,7 @@ from babelrs_geo.cli.options import (
     reading_options,
     split,
 )
-from babelrs_geo.cli.program import EXIT_INCOMPLETE, EXIT_INTERRUPTED, tell
+from babelrs_geo.cli.program import EXIT_INCOMPLETE, EXIT_INTERRUPTED, stoppable, tell
 from babelrs_geo.cli.progress import duration, progress_bar
 
 if TYPE_CHECKING:
@@ -252,10 +249,10 @@ def run_verb(**given: Any) -> int:
     job, parameters = _job(reading, model, running)
     try:
         with (
-            _told_to_stop() as stop,
+            stoppable(),
             progress_bar(folder.name, hidden=running.quiet or running.as_json, what="scenes") as progress,
         ):
-            ended = run(folder, listed, job, parameters, options, progress, stop)
+            ended = run(folder, listed, job, parameters, options, progress)
     except KeyboardInterrupt:
         tell("error", f"stopped: what is done is in {folder}; run the same again, and it goes on")
         return EXIT_INTERRUPTED
@@ -305,24 +302,6 @@ def _job(reading: _Reading, model: ModelArguments, running: _Running) -> tuple[D
         "crs": running.crs,
     }
     return job, parameters
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C came: a run ends between two steps. The second signal does not wait for that."""
-    told: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        if len(told) > 1:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(told)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say(ended: Ended, running: _Running) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from babelrs_geo.cli.options import Command, Listed, SceneArguments, apply, reading_options, split
-from babelrs_geo.cli.program import EXIT_INTERRUPTED, tell
+from babelrs_geo.cli.program import EXIT_INTERRUPTED, stoppable, tell
 from babelrs_geo.cli.progress import duration, progress_bar
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def tile_verb(**given: Any) -> int:
     start = time.perf_counter()
     crew = run.crew()  # first, so that its processes import while this one does
     options, read = chips.options(), labels.read()
-    with ExitStack() as stack:
+    with stoppable(), ExitStack() as stack:
         hidden = run.quiet or run.as_json
         try:
             if run.coregister:

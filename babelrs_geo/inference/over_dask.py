@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
 
+from babelrs_geo.cluster import first
 from babelrs_geo.errors import BabelError
 from babelrs_geo.inference.coverage import FAILED
 from babelrs_geo.inference.look import Detector, Group, Look, Part, Tick
@@ -39,24 +41,22 @@ def crew(client: Any, look: Look, load: Loader) -> Crew:
     """
 
     def compute(groups: Sequence[Group], tick: Tick) -> Iterator[tuple[Group, Part]]:
-        from distributed import as_completed
-
         left = iter(groups)
         doubtful: list[Group] = []
         under_way: dict[Any, Group] = {}
-        ended = as_completed([], loop=client.loop)
+        ended: SimpleQueue[Any] = SimpleQueue()
 
         def send() -> None:
             room = AHEAD * max(1, sum(client.nthreads().values())) - len(under_way)
             for group in islice(left, max(0, room)):
                 future = client.submit(_compute, look, load, group, pure=False, retries=RETRIES)
                 under_way[future] = group
-                ended.add(future)
+                future.add_done_callback(ended.put)
 
         send()
         try:
             while under_way:
-                future = next(ended)
+                future = first(ended)
                 group = under_way.pop(future)
                 send()
                 if _lost(future):

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from babelrs_geo.cluster import held_back
 from babelrs_geo.detections import Detections
 from babelrs_geo.errors import SceneError
 from babelrs_geo.inference.coverage import DETECTED, EMPTY, FAILED, OUTSIDE, Area, Coverage
@@ -74,7 +75,7 @@ def gather(
     """`run` with a crew to compute the groups, such as `over_dask.crew`, and a place to keep them meanwhile.
 
     The same for every crew, in whatever order groups come back, and however many of them were kept by a run that ended
-    early. Raises what the crew raises.
+    early. Ctrl+C is answered as tiles end. Raises what the crew raises.
     """
     groups = groups_of(look, area)
     parts = {} if keep is None else keep.parts()
@@ -82,18 +83,21 @@ def gather(
     total = sum(len(group.tiles) for group in groups)
     done = total - sum(len(group.tiles) for group in left)
 
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+    with held_back() as answer:
 
-    if done:
-        tick(0)
-    for group, part in crew(left, tick) if left else ():
-        parts[group.number] = part
-        if keep is not None:
-            keep.put(group.number, part)
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+            answer()
+
+        if done:
+            tick(0)
+        for group, part in crew(left, tick) if left else ():
+            parts[group.number] = part
+            if keep is not None:
+                keep.put(group.number, part)
     return _merged(look, [(group, parts[group.number]) for group in groups], area)
 
 
