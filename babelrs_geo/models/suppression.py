@@ -24,13 +24,13 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Te
         return kept
     ranked = scores.sort(descending=True, stable=True).indices
     gone = np.zeros(len(ranked), np.bool_)
-    _suppress(boxes[ranked].float().contiguous().numpy(), groups[ranked].numpy(), np.float32(iou), gone)
+    _suppress(boxes[ranked].float().contiguous().numpy(), groups[ranked].numpy(), float(iou), gone)
     return ranked[torch.from_numpy(~gone)]
 
 
 @compiled
 def _suppress(boxes, groups, iou, gone):  # type: ignore[no-untyped-def]
-    """Mark boxes, best first, that go; in float32, as torchvision does."""
+    """Mark boxes, best first, that go; an IoU is float32 and its limit float64, as in torchvision."""
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for i in range(len(boxes)):
         if gone[i]:
