@@ -96,17 +96,18 @@ def connect(workers: Workers) -> Iterator[Any]:
 
     Raises ParameterError where no scheduler answers.
     """
-    with ExitStack() as stack:
-        try:
-            with held_back():
-                client = _client(workers, stack)
-            yield client
-        finally:
-            with held_back():
-                stack.close()
+    stack = ExitStack()
+    try:
+        with held_back():
+            client = _client(workers, stack)
+        yield client
+    finally:
+        with held_back():
+            stack.close()
 
 
 def _client(workers: Workers, stack: ExitStack) -> Any:
+    """A client, closed with the stack, as is what it needs."""
     import dask
     from distributed import Client, LocalCluster, WorkerPlugin
 
