@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, TypeVar
 
+from babelrs_geo import allocation
 from babelrs_geo.errors import ParameterError
 
 CUTTING = ("babelrs_geo.chips.cut", "dask.multiprocessing")
@@ -126,10 +127,8 @@ def _client(workers: Workers, stack: ExitStack) -> Any:
                 f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"
             ) from error
         return stack.enter_context(theirs)
-    # distributed makes its workers give every large array back to the kernel at once (MALLOC_TRIM_THRESHOLD_), and the
-    # pages, asked for anew, cost as much again as reading and writing chips
-    environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
-    environ.pop("MALLOC_TRIM_THRESHOLD_", None)
+    # distributed makes its workers give every large array back to the kernel at once, and the pages are asked for anew
+    environ = dask.config.get("distributed.nanny.pre-spawn-environ") | allocation.ENVIRONMENT
     stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environ}))
     cluster = stack.enter_context(
         LocalCluster(

@@ -157,6 +157,7 @@ def every_block(path: str, threads: int, *, filled: bool = False) -> float:
 def every_tile(path: str, sensor: str, threads: int) -> tuple[float, float]:
     """Seconds to open the scene, and to visit every tile of its grid by `Scene.read`."""
     from babelrs_geo.scenes import open_scene
+    from babelrs_geo.scenes.develop import sheet
 
     before = time.perf_counter()
     with open_scene(path, sensor) as scene, ThreadPoolExecutor(threads) as pool:
@@ -167,7 +168,7 @@ def every_tile(path: str, sensor: str, threads: int) -> tuple[float, float]:
         tiles = [grid[i].outer for i in grid.order(scene.strip(), paired=scene.is_tiled)]
 
         def look(tile: Rect) -> None:
-            scene.read(tile)  # and the model does nothing
+            scene.read(tile, out=sheet(scene.radiometry, 1, TILE, TILE)[0])  # and the model does nothing
 
         with scene.expecting(tiles):
             for _ in pool.map(look, tiles):

@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from babelrs_geo.datasets.instruct import InstructOptions, write_corpus
+from babelrs_geo.datasets.instruct import Corpus, InstructOptions, write_corpus
 from babelrs_geo.errors import BabelError, ParameterError
 from babelrs_geo.models import checkpoints
 from babelrs_geo.training.pretrain.recipe import read as read_pretraining
@@ -42,6 +42,8 @@ from babelrs_geo.training.settings import from_plain
 
 PROTOCOL = Path(__file__).with_suffix(".yaml")
 RECORDS = Path(__file__).parents[1] / "docs" / "pretraining_experiment"
+TOKENIZER = "tokenizer"
+"""Folder of it, where the protocol has one made."""
 POINTS = 100
 """Of a curve in a record."""
 
@@ -85,6 +87,8 @@ def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int
     if arm.taps is not None:
         part = protocol["pretrain"]
         changes = [*part["set"], *short, f"seed={arm.seed}", f"model.taps={arm.taps}"]
+        if "tokenizer" in protocol:
+            changes.append(f"model.language.tokenizer={out / TOKENIZER}")
         place = Place(folder=encoder(arm, out), resume=True)
         corpus, held_out = (out / f"{name}.meta.json" for name in ("instruct", "held_out"))
         if pretrain(read_pretraining(part["recipe"], changes), [corpus], place, [held_out]).stopped:
@@ -127,6 +131,23 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any]:
 
 def _watched(name: str) -> bool:
     return name == "gradient" or name.endswith("_gradient") or name.startswith("cosine")
+
+
+def write_tokenizer(corpus: Path, folder: Path, size: int) -> None:
+    """Byte pairs of what a corpus says, `size` tokens at most, digits one by one; for transformers, in a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    end, pieces = "<|endoftext|>", pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made: Any = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pieces])
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pieces.alphabet(), special_tokens=[end], show_progress=False
+    )
+    said = Corpus(corpus)
+    made.train_from_iterator((turn["value"] for k in range(len(said)) for turn in said[k].turns), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, pad_token=end).save_pretrained(folder)
 
 
 def encoder(arm: Arm, out: Path) -> Path:
@@ -192,7 +213,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     for each in results:
         if len(each["sensors"]) == 1:
             continue
-        style = {"color": colours[each["arm"][0]], "lw": 1, "ls": "--" if each["arm"].endswith("32") else "-"}
+        style = {"color": colours[each["arm"][0]], "lw": 1, "ls": "--" if each["arm"].endswith("16") else "-"}
         style |= {"alpha": 1.0 if each["seed"] == 0 else 0.4}
         label = each["arm"] if each["seed"] == 0 else None
         for panel, drawn in zip(panels, each["curves"].values(), strict=True):
@@ -205,7 +226,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels[1].set_yscale("log")
     panels[2].axhline(0, color="grey", lw=0.5)
     if any(len(each["sensors"]) > 1 for each in results):
-        panels[0].legend(title="dashed: fp32")
+        panels[0].legend(title="dashed: bf16")
     figure.savefig(path, dpi=110)
 
 
@@ -282,6 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in ("instruct", "held_out"):
             if not (args.out / f"{name}.meta.json").exists():
                 write_corpus([args.data], args.out / f"{name}.jsonl", InstructOptions(**protocol[name]))
+        if "tokenizer" in protocol and not (args.out / TOKENIZER).exists():
+            write_tokenizer(args.out / "instruct.meta.json", args.out / TOKENIZER, **protocol["tokenizer"])
         for arm in chosen:
             if arm.folder in recorded(every, records, marks):
                 continue

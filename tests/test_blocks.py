@@ -25,7 +25,7 @@ from babelrs_geo.errors import SceneError
 from babelrs_geo.inference import InferenceOptions, run
 from babelrs_geo.scenes import SceneOptions, open_scene, reader
 from babelrs_geo.scenes.blocks import STORE, Key, Mosaic, Patch, Piece, Store
-from babelrs_geo.scenes.develop import develop, develop_mosaic
+from babelrs_geo.scenes.develop import develop, develop_mosaic, sheet
 from babelrs_geo.scenes.memory import Memory
 from babelrs_geo.sensors import Radiometry, Sensor
 from babelrs_geo.tiling import Grid
@@ -300,9 +300,10 @@ KINDS = [
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from(["uint8", "uint16", "int16", "float32", "float64", "int32"]),
     scaled=st.booleans(),
+    plane=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_one_pass_gives_the_bits_of_the_radiometry(kind, dtype, scaled, seed):
+def test_one_pass_gives_the_bits_of_the_radiometry(kind, dtype, scaled, plane, seed):
     sensor, unit, low, high = kind
     bands = 3 if sensor is Sensor.RGB else 1
     scale, offset = ((0.37,) * bands, (-1.1,) * bands) if scaled and unit != "uint8" else ((), ())
@@ -320,7 +321,10 @@ def test_one_pass_gives_the_bits_of_the_radiometry(kind, dtype, scaled, seed):
     valid = rng.random((9, 11)) < 0.8
     if raw.dtype.kind == "f":
         raw[:, ~valid] = rng.choice([np.nan, np.inf, -np.inf], (~valid).sum())
-    out = np.full((3, 9, 11), 7, np.float32)
+    out = np.empty((3, 9, 11), np.float32)
+    if plane:
+        out = sheet(radiometry, 2, 9, 11)[1]
+    out[:] = 7
     with np.errstate(invalid="ignore"):
         assert develop(radiometry, raw, valid, out).tobytes() == radiometry.apply(raw, valid).tobytes()
         seen = np.ones_like(valid)

@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ class ArrayScene:
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
     is_tiled = False
+    radiometry = SimpleNamespace(bands=(1, 2, 3))
 
     def strip(self, scale):
         return self.width

@@ -26,14 +26,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
     protocol = yaml.safe_load(experiment.PROTOCOL.read_text())
     every = experiment.arms(protocol)
-    assert [arm.folder for arm in every][:6] == ["A.0", "A32.0", "C.0", "C32.0", "B.0", "B32.0"]
-    assert [arm.folder for arm in every if arm.precision == "32"] == ["A32.0", "C32.0", "B32.0"]
+    assert [arm.folder for arm in every][:6] == ["A.0", "C.0", "B.0", "D.0.sar", "D.0.rgb", "D.0.ir"]
+    assert [arm.folder for arm in every if arm.precision == "bf16"] == ["A16.0", "C16.0", "B16.0"]
     assert len(every) == 3 * 3 + 3 + 3
     assert [arm.folder for arm in every if arm.name == "D"] == ["D.0.sar", "D.0.rgb", "D.0.ir"]
-    assert [arm.taps for arm in every[:6]] == [None, None, "paper", "paper", "last", "last"]
+    assert [arm.taps for arm in every[:4]] == [None, "paper", "last", None]
     recipe = from_plain(Recipe, protocol["train"])
-    assert {view.chosen.size for view in recipe.phases[0].views.values()} == {224}
-    assert read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"]).steps == 800
+    assert {view.chosen.size for view in recipe.phases[0].views.values()} == {160}
+    assert read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"]).steps == 900
 
 
 @pytest.mark.slow

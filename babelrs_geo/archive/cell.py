@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
+from babelrs_geo import allocation
 from babelrs_geo.archive.turns import Rota, Turns
 from babelrs_geo.errors import BabelError, ParameterError
 
@@ -126,7 +127,9 @@ class Cell:
 
     def _start(self) -> None:
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = {**allocation.ENVIRONMENT, **os.environ} | {
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(os.getpid()), *map(str, self._handles)],
             stdin=subprocess.PIPE,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from babelrs_geo import allocation
 from babelrs_geo.cli.options import ModelArguments, SceneArguments, model_options, scene_options, split
 from babelrs_geo.cli.program import EXIT_INCOMPLETE, EXIT_INTERRUPTED, stoppable, tell
 from babelrs_geo.cli.progress import duration, progress_bar
@@ -87,6 +88,7 @@ def detect_verb(**given: Any) -> int:
     looked at. Ends with 0 when done, 1 on an error, 2 on wrong usage, and 3 when some tiles could not be
     read: these are in `coverage` as failed.
     """
+    allocation.keep()
     scene_arguments, model, output, crew = split(
         given, SceneArguments, ModelArguments, _OutputArguments, _RunningArguments
     )

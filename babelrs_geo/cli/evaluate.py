@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from babelrs_geo import allocation
 from babelrs_geo.cli.options import Command, Gsd, Listed, Named, Splits, apply, split
 from babelrs_geo.cli.progress import duration, progress_bar
 
@@ -146,6 +147,7 @@ def evaluate_verb(**given: Any) -> None:
     Writes report.json, report.md and pr.png. Only classes that both sides know are judged; the report says which
     were left out.
     """
+    allocation.keep()
     images, ground, out = split(given, _ImageArguments, _GroundArguments, _ReportArguments)
     if (images.data is None) == (ground.detections is None) or (ground.detections is None) != (
         ground.labels is None

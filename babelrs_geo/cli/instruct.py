@@ -30,6 +30,7 @@ class _Arguments:
     splits: str | dict[str, str]
     tasks: tuple[str, ...]
     per_image: int
+    turns: int
     boxes: int
     rename: tuple[tuple[str, str], ...]
     seed: int
@@ -45,6 +46,7 @@ class _Arguments:
         return InstructOptions(
             tasks=self.tasks,
             per_image=self.per_image,
+            turns=self.turns,
             seed=self.seed,
             most_boxes=self.boxes,
             split=self.splits,
@@ -79,7 +81,15 @@ def _options(command: Command) -> Command:
                 default=4,
                 show_default=True,
                 metavar="N",
-                help="Records of an image.",
+                help="Questions about an image.",
+            ),
+            click.option(
+                "--turns",
+                type=positive,
+                default=1,
+                show_default=True,
+                metavar="N",
+                help="Questions of a record, which looks at its image once for all of them.",
             ),
             click.option(
                 "--boxes",

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from babelrs_geo import allocation
 from babelrs_geo.cli.options import Command, apply, split
 from babelrs_geo.cli.progress import duration, progress_bar
 from babelrs_geo.cli.running import RunArguments, run_options, stopped
@@ -37,6 +38,7 @@ def pretrain_verb(held_out: tuple[str, ...], **given: Any) -> int:
     starts (train --start), pivot.safetensors with all that was trained, and answers.jsonl with the last answers about
     images that were held out. A run that was stopped or killed goes on with --resume auto as if nothing had happened.
     """
+    allocation.keep()
     (arguments,) = split(given, RunArguments)
     from babelrs_geo.training.pretrain.recipe import read
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from babelrs_geo import allocation
 from babelrs_geo.cli.options import Command, apply, split
 from babelrs_geo.cli.progress import duration, progress_bar
 from babelrs_geo.cli.running import RunArguments, run_options, stopped
@@ -30,6 +31,7 @@ def train_verb(**given: Any) -> int:
     the validation split: best.safetensors by H-mAP, final.safetensors of the last step. A run that was stopped or
     killed goes on with --resume auto as if nothing had happened.
     """
+    allocation.keep()
     (arguments,) = split(given, RunArguments)
     from babelrs_geo.training.recipe import read
 

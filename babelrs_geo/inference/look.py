@@ -28,7 +28,7 @@ from babelrs_geo.errors import BatchError, ParameterError
 from babelrs_geo.inference.coverage import EMPTY, FAILED, INVALID
 from babelrs_geo.merging import MergeOptions
 from babelrs_geo.scenes import Pixels, Scene
-from babelrs_geo.scenes.memory import MEMORY
+from babelrs_geo.scenes.develop import sheet
 from babelrs_geo.tiling import Grid, Tile
 
 GROUP = 8
@@ -37,7 +37,9 @@ GROUPS = 32
 """Groups that a scene has at least, if it has so many batches: enough to share among workers."""
 
 Detector = Callable[[NDArray[np.float32]], list[Detections]]
-"""float32 (B, 3, h, w) in [0, 1] to one `Detections` per image, boxes in that image's pixels."""
+"""float32 (B, 3, h, w) in [0, 1] to one `Detections` per image, boxes in that image's pixels. The images are only lent,
+not to be written to: channels of grey ones are one plane.
+"""
 
 Tick = Callable[[int], None]
 """Called in the caller's thread with how many more tiles have ended."""
@@ -192,9 +194,9 @@ class Look:
     def _read_ahead(self, pool: ThreadPoolExecutor, groups: Sequence[Group]) -> Iterator[_Read]:
         """The groups' tiles with their pixels, in order, at most `ahead` of them read before they are asked for."""
 
-        def read(group: int, tile: Tile, scale: float, sheet: NDArray[np.float32], place: int) -> _Read:
+        def read(group: int, tile: Tile, scale: float, room: NDArray[np.float32], place: int) -> _Read:
             try:
-                return _Read(group, tile, self.scene.read(tile.outer, scale, sheet[place]), sheet=sheet)
+                return _Read(group, tile, self.scene.read(tile.outer, scale, room[place]), room=room)
             except OSError as error:  # SceneError and rasterio's own: this tile is lost, not the run
                 return _Read(group, tile, None, " ".join(str(error).split()) or type(error).__name__)
 
@@ -206,8 +208,8 @@ class Look:
                     yield waiting.popleft().result()
                 place = number % self.options.batch
                 if place == 0:  # tiles are read to where their batch will be
-                    sheet = MEMORY.empty((self.options.batch, 3, *_input_size(grid)), np.float32)
-                waiting.append(pool.submit(read, group.number, grid[index], scale, sheet, place))
+                    room = sheet(self.scene.radiometry, self.options.batch, *_input_size(grid))
+                waiting.append(pool.submit(read, group.number, grid[index], scale, room, place))
         while waiting:
             yield waiting.popleft().result()
 
@@ -237,7 +239,7 @@ class _Read:
     tile: Tile
     pixels: Pixels | None
     reason: str = ""
-    sheet: NDArray[np.float32] | None = None  # what it was read into: a place for each tile of a batch
+    room: NDArray[np.float32] | None = None  # what it was read into: a place for each tile of a batch
 
 
 @dataclass(frozen=True)
@@ -294,11 +296,11 @@ def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
 def _batch(slots: list[_Read]) -> _Batch:
     """Images side by side: where they were read to, if that is one batch, else a copy. One at least was read."""
     shown = [None if read.pixels is None else read.pixels.image for read in slots]
-    sheet = slots[0].sheet
-    if sheet is not None:
-        placed = (one is not None and np.may_share_memory(one, sheet[n]) for n, one in enumerate(shown))
+    room = slots[0].room
+    if room is not None:
+        placed = (one is not None and np.may_share_memory(one, room[n]) for n, one in enumerate(shown))
         if all(placed):
-            return _Batch(sheet[: len(slots)], tuple(slots))
+            return _Batch(room[: len(slots)], tuple(slots))
     shape = next(one.shape for one in shown if one is not None)
     images = np.zeros((len(slots), *shape), np.float32)
     for image, one in zip(images, shown, strict=True):

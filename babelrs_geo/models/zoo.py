@@ -87,7 +87,7 @@ class Weights:
         oriented = header.box_kind[sensor] == "oriented"
 
         def find_objects(images: NDArray[np.float32]) -> list[Detections]:
-            batch = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+            batch = torch.from_numpy(images).to(self.device)
             predictions = self.model.predict(batch, sensor)
             return [to_detections(p, first, known, oriented, least) for p in predictions]
 

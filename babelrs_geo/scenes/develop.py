@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 
 from babelrs_geo.kernels import compiled
 from babelrs_geo.scenes.blocks import Mosaic, Patch, Piece
+from babelrs_geo.scenes.memory import MEMORY
 from babelrs_geo.sensors import Radiometry
 
 _LINEAR = {"amplitude", "kelvin", "centikelvin", "celsius", "counts", "reflectance", "uint8"}
 _NONE = np.zeros((1, 1), bool)  # in place of a mask
 
 Kernel = Callable[[NDArray[Any], NDArray[np.bool_], bool, tuple[int, ...], NDArray[np.float32]], None]
-"""Called with raw numbers (band, y, x), a mask (y, x), whether it counts, a place, and the output (3, y, x). The place
-is `(y, x)` in the first two, `(y, x)` in the output, rows and columns. Arrays are contiguous: loops become vector code.
+"""Called with raw numbers (band, y, x), a mask (y, x), whether it counts, a place, and the output (band, y, x). The
+place is `(y, x)` in the first two, `(y, x)` in the output, rows and columns. Arrays are contiguous: loops become vector
+code.
 """
 
 _vectorised = partial(compiled, error_model="numpy")  # else each division looks for a zero, number by number
@@ -49,14 +51,29 @@ def develop_mosaic(radiometry: Radiometry, mosaic: Mosaic, out: NDArray[np.float
     kernel = _kernel(radiometry, mosaic.patches[0].piece.raw.dtype.str)
     if kernel is None:
         return False
-    whole = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+    own = out[: len(radiometry.bands)]
+    whole = own if own.flags.c_contiguous else np.empty(own.shape, own.dtype)
     for patch in mosaic.patches:
         valid = patch.piece.valid
         mask, masked = (_NONE, False) if valid is None else (valid, True)
         kernel(patch.piece.raw, mask, masked, (*patch.there, *patch.here, *patch.size), whole)
-    if whole is not out:
-        out[:] = whole
+    if whole is not own:
+        own[:] = whole
+    if len(own) < len(out) and out.strides[0]:  # three planes, not one shown three times
+        out[1:] = own
     return True
+
+
+def sheet(radiometry: Radiometry, images: int, high: int, wide: int) -> NDArray[np.float32]:
+    """Memory for so many images, `(images, 3, y, x)`, with anything in it. Grey ones are one plane shown three times, a
+    third of the memory to write: what is written to one channel is in all of them.
+    """
+    bands = len(radiometry.bands)
+    planes = MEMORY.empty((images, bands, high, wide), np.float32)
+    if bands == 3:
+        return planes
+    strides = (planes.strides[0], 0, *planes.strides[2:])
+    return np.lib.stride_tricks.as_strided(planes, (images, 3, high, wide), strides)
 
 
 @lru_cache(maxsize=8)
@@ -90,46 +107,26 @@ def _with(kernel: Callable[..., None], *more: Any) -> Kernel:
     return call
 
 
-# A grey number that is computed goes to its three channels at once: stores hide behind the arithmetic of the next ones.
-
-
 @_vectorised
-def _rows(y, place, out):  # type: ignore[no-untyped-def]  # numba infers
-    """Row `y` of a place in the three channels."""
-    row, start, stop = place[2] + y, place[3], place[3] + place[5]
-    return out[0, row, start:stop], out[1, row, start:stop], out[2, row, start:stop]
-
-
-@_vectorised
-def _finish(y, valid, place, out):  # type: ignore[no-untyped-def]
+def _finish(y, valid, place, out):  # type: ignore[no-untyped-def]  # numba infers
     """Zero where row `y` of a place is not valid."""
-    top, left, _, _, _, wide = place
+    top, left, row, column, _, wide = place
     seen = valid[top + y, left : left + wide]
-    for here in _rows(y, place, out):
+    for b in range(out.shape[0]):
+        here = out[b, row + y, column : column + wide]
         for x in range(wide):
             here[x] = here[x] if seen[x] else np.float32(0.0)
 
 
 @_vectorised
-def _byte(number):  # type: ignore[no-untyped-def]
-    return np.float32(number) / np.float32(255.0)
-
-
-@_vectorised
 def _bytes(raw, valid, masked, place, out):  # type: ignore[no-untyped-def]
     """`x / 255` of bytes."""
-    top, left, _, _, high, wide = place
+    top, left, row, column, high, wide = place
     for y in range(high):
-        first, second, third = _rows(y, place, out)
-        there = raw[0, top + y, left : left + wide]
-        if raw.shape[0] == 1:
+        for b in range(out.shape[0]):
+            there, here = raw[b, top + y, left : left + wide], out[b, row + y, column : column + wide]
             for x in range(wide):
-                first[x] = second[x] = third[x] = _byte(there[x])
-        else:
-            for b, here in enumerate((first, second, third)):
-                there = raw[b, top + y, left : left + wide]
-                for x in range(wide):
-                    here[x] = _byte(there[x])
+                here[x] = np.float32(there[x]) / np.float32(255.0)
         if masked:
             _finish(y, valid, place, out)
 
@@ -137,58 +134,29 @@ def _bytes(raw, valid, masked, place, out):  # type: ignore[no-untyped-def]
 @_vectorised
 def _look_up(raw, valid, masked, place, out, table, least):  # type: ignore[no-untyped-def]
     """Model input (band, number) of every number from `least` on."""
-    top, left, _, _, high, wide = place
+    top, left, row, column, high, wide = place
     for y in range(high):
-        first, second, third = _rows(y, place, out)
-        there = raw[0, top + y, left : left + wide]
-        if raw.shape[0] == 1:
+        for b in range(out.shape[0]):
+            there, here = raw[b, top + y, left : left + wide], out[b, row + y, column : column + wide]
             for x in range(wide):
-                first[x] = table[0, np.uint64(np.int64(there[x]) - least)]
-            for x in range(wide):  # apart: this is vector code, a look into a table is not
-                second[x] = third[x] = first[x]
-        else:
-            for b, here in enumerate((first, second, third)):
-                there = raw[b, top + y, left : left + wide]
-                for x in range(wide):
-                    here[x] = table[b, np.uint64(np.int64(there[x]) - least)]
+                here[x] = table[b, np.uint64(np.int64(there[x]) - least)]
         if masked:
             _finish(y, valid, place, out)
 
 
 @_vectorised
-def _line(number, scale, offset, low, span, scaled):  # type: ignore[no-untyped-def]
-    """float64 inside, as `Radiometry` has it."""
-    value = np.float64(number)
-    if scaled:
-        value = value * scale + offset
-    return np.float32(min(max((value - low) / span, 0.0), 1.0) + 0.0)
-
-
-@_vectorised
-def _root(number, scale, offset, low, span, scaled):  # type: ignore[no-untyped-def]
-    value = np.float64(number)
-    if scaled:
-        value = value * scale + offset
-    return np.float32(min(max((np.sqrt(max(value, 0.0)) - low) / span, 0.0), 1.0) + 0.0)
-
-
-@_vectorised
 def _lines(raw, valid, masked, place, out, factors, scaled):  # type: ignore[no-untyped-def]
-    """Stretched by factors (4, band): scale, offset, low, high - low."""
-    top, left, _, _, high, wide = place
+    """Stretched by factors (4, band): scale, offset, low, high - low. float64 inside, as `Radiometry` has it."""
+    top, left, row, column, high, wide = place
     for y in range(high):
-        first, second, third = _rows(y, place, out)
-        there = raw[0, top + y, left : left + wide]
-        scale, offset, low, span = factors[0, 0], factors[1, 0], factors[2, 0], factors[3, 0]
-        if raw.shape[0] == 1:
+        for b in range(out.shape[0]):
+            there, here = raw[b, top + y, left : left + wide], out[b, row + y, column : column + wide]
+            scale, offset, low, span = factors[0, b], factors[1, b], factors[2, b], factors[3, b]
             for x in range(wide):
-                first[x] = second[x] = third[x] = _line(there[x], scale, offset, low, span, scaled)
-        else:
-            for b, here in enumerate((first, second, third)):
-                there = raw[b, top + y, left : left + wide]
-                scale, offset, low, span = factors[0, b], factors[1, b], factors[2, b], factors[3, b]
-                for x in range(wide):
-                    here[x] = _line(there[x], scale, offset, low, span, scaled)
+                value = np.float64(there[x])
+                if scaled:
+                    value = value * scale + offset
+                here[x] = np.float32(min(max((value - low) / span, 0.0), 1.0) + 0.0)
         if masked:
             _finish(y, valid, place, out)
 
@@ -196,12 +164,14 @@ def _lines(raw, valid, masked, place, out, factors, scaled):  # type: ignore[no-
 @_vectorised
 def _roots(raw, valid, masked, place, out, factors, scaled):  # type: ignore[no-untyped-def]
     """The same of square roots, for the one band of SAR."""
-    top, left, _, _, high, wide = place
+    top, left, row, column, high, wide = place
     scale, offset, low, span = factors[0, 0], factors[1, 0], factors[2, 0], factors[3, 0]
     for y in range(high):
-        first, second, third = _rows(y, place, out)
-        there = raw[0, top + y, left : left + wide]
+        there, here = raw[0, top + y, left : left + wide], out[0, row + y, column : column + wide]
         for x in range(wide):
-            first[x] = second[x] = third[x] = _root(there[x], scale, offset, low, span, scaled)
+            value = np.float64(there[x])
+            if scaled:
+                value = value * scale + offset
+            here[x] = np.float32(min(max((np.sqrt(max(value, 0.0)) - low) / span, 0.0), 1.0) + 0.0)
         if masked:
             _finish(y, valid, place, out)

@@ -32,7 +32,9 @@ class InstructOptions:
     tasks: tuple[str, ...] = tuple(TASKS)
     """Names of `TASKS`."""
     per_image: int = 4
-    """Records of an image at most; one without objects may have fewer."""
+    """Questions about an image at most; one without objects may have fewer."""
+    turns: int = 1
+    """Questions of a record: an image is then looked at once for several. Answers are seen by the turns that follow."""
     seed: int = 0
     most_boxes: int = 20
     """Boxes of an answer. Where there are more objects, the question is about that many largest."""
@@ -47,7 +49,7 @@ class InstructOptions:
         if unknown or not self.tasks:
             told = ", ".join(sorted(unknown)) or "nothing"
             raise ParameterError(f"tasks has {told}; expected some of {', '.join(TASKS)}")
-        for name, least in (("per_image", 1), ("most_boxes", 2)):
+        for name, least in (("per_image", 1), ("turns", 1), ("most_boxes", 2)):
             if getattr(self, name) < least:
                 raise ParameterError(f"{name} is {getattr(self, name)}; expected {least} or more")
 
@@ -68,7 +70,7 @@ class Written:
 
     meta: Path
     records: Counter[tuple[str, str]]
-    """By sensor and task."""
+    """Questions by sensor and task."""
     images: Counter[str]
     """By sensor."""
     incomplete: int
@@ -80,7 +82,7 @@ Record = dict[str, Any]
 
 
 def ask(image: LabelledImage, root: Path, options: InstructOptions) -> list[Record]:
-    """The records of one image, whose path is written as below `root`."""
+    """The questions about one image, a record each; its path is written as below `root`."""
     key = f"{options.seed}/{image.source.sensor}/{image.name}"
     tasks = [t for t in TASKS if t in options.tasks and (image.complete or t in OF_INCOMPLETE)]
     Random(key).shuffle(tasks)
@@ -100,6 +102,17 @@ def ask(image: LabelledImage, root: Path, options: InstructOptions) -> list[Reco
         ]
         records.append({"image": where, "conversations": turns, "task": task, "sensor": image.source.sensor})
     return records
+
+
+def joined(records: Sequence[Record], turns: int) -> Iterator[Record]:
+    """Records of one image, so many to a conversation; its task is named where all share one."""
+    for first in range(0, len(records), turns):
+        group = records[first : first + turns]
+        shared = {key: value for key, value in group[0].items() if all(r[key] == value for r in group[1:])}
+        said = [dict(turn) for record in group for turn in record["conversations"]]
+        for turn in said[1:]:  # the image stands before the first
+            turn["value"] = turn["value"].removeprefix(f"{IMAGE}\n")
+        yield shared | {"conversations": said}
 
 
 def find(
@@ -180,20 +193,21 @@ def write_corpus(
 
     def lines() -> Iterator[str]:
         for number, image in enumerate(images, done + 1):
-            for record in ask(image, root, options):
-                counts[record["sensor"], record["task"]] += 1
+            asked = ask(image, root, options)
+            counts.update((record["sensor"], record["task"]) for record in asked)
+            for record in joined(asked, options.turns):
                 yield json.dumps(record, ensure_ascii=False) + "\n"
             if progress is not None:
                 progress(number, total)
 
-    _write(target, lines())
+    written = _write(target, lines())
     own = root.is_relative_to(target.parent)  # then the corpus and its images may be moved together
     entry = {
         "root": root.relative_to(target.parent).as_posix() if own else str(root),
         "annotation": target.name,
         "data_augment": False,
         "repeat_time": 1,
-        "length": counts.total(),
+        "length": written,
     }
     meta = meta_path(target)
     _write(meta, [json.dumps({target.stem: entry}, indent=2, ensure_ascii=False) + "\n"])
@@ -209,13 +223,17 @@ def _order(image: LabelledImage, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}/{image.source.sensor}/{image.name}".encode()).digest()
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """A text file, whole or not at all."""
+def _write(path: Path, lines: Iterable[str]) -> int:
+    """A text file, whole or not at all; returns how many lines it got."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        count = 0
         with draft.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
+            for line in lines:
+                file.write(line)
+                count += 1
         draft.replace(path)
+        return count
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written ({error.strerror}); check the disk's space and permissions"
