@@ -39,6 +39,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,12 +168,17 @@ class Radiometry:
         return out
 
     def _stretch(self, band: NDArray[np.generic], valid: NDArray[np.bool_], i: int) -> NDArray[np.float32]:
-        """One band to [0, 1]; float64 inside, so that no rounding depends on where in a tile a pixel lies."""
-        value = np.where(valid, magnitude(band), 0.0).astype(np.float64)
+        """One band to [0, 1]. Floats of the file stay floats: each step is rounded correctly. Powers are not, and have
+        float64 inside, so that no rounding depends on where in a tile a pixel lies.
+        """
+        seen = magnitude(band)
+        inside = np.float32 if seen.dtype == np.float32 and self.kind != "db" else np.float64
+        value: NDArray[Any] = np.where(valid, seen, 0).astype(inside)
         if self.scale or self.offset:
-            value = value * (self.scale[i] if self.scale else 1.0) + (self.offset[i] if self.offset else 0.0)
+            value = value * inside(self.scale[i] if self.scale else 1.0)
+            value = value + inside(self.offset[i] if self.offset else 0.0)
         low, high = to_linear(self.kind, np.array([self.low[i], self.high[i]]))
-        value = (to_linear(self.kind, value) - low) / (high - low)
+        value = (to_linear(self.kind, value) - inside(low)) / inside(high - low)
         return np.clip(value, 0.0, 1.0).astype(np.float32)
 
     def to_json(self) -> str:
@@ -192,7 +198,7 @@ def magnitude(raw: NDArray[np.generic]) -> NDArray[np.generic]:
     return np.abs(raw) if np.iscomplexobj(raw) else raw
 
 
-def to_linear(kind: str, value: NDArray[np.float64]) -> NDArray[np.float64]:
+def to_linear(kind: str, value: NDArray[Any]) -> NDArray[Any]:
     """From the kind's unit to the quantity that is stretched: amplitude for SAR, itself for the others."""
     if kind == "intensity":
         return np.sqrt(np.maximum(value, 0.0))

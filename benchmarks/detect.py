@@ -8,9 +8,11 @@ memory   Peak resident memory of `detect` with a detector that finds nothing, on
          process of its own, without torch.
 compact  `detect` and the GeoPackage of a three-band scene of 36 tiles by the bundled weights, over forward passes alone
          on the same batches, which are in memory. Start-up (imports, weights) is excluded.
-small    The same on 8192 x 8192 px (256 tiles) with a network of two convolutions that finds its 25 brightest places in
-         each tile, one thread to compute and one to read. Detection is from the open scene to merged boxes; `reading`
-         visits the tiles alone; `plain` reads windows by rasterio and computes them one by one, and does no more.
+kept     Forward passes of the bundled weights in a thread, batches of 4 and of 2, where the memory of large arrays goes
+         back to the kernel and where it stays with the process, as the command has it. Each in a process of its own.
+small    As `compact`, on 8192 x 8192 px (256 tiles) with a network of two convolutions that finds its 25 brightest
+         places in each tile, one thread to compute and one to read. Detection is from the open scene to merged boxes;
+         `reading` visits the tiles alone; `plain` reads windows by rasterio and computes them one by one, and no more.
 workers  Groups of 64 tiles by two Dask workers, over two processes without Dask that do half the groups each: compact
          weights, a thread each, started and warmed up before.
 first    `babelrs-geo detect` from the shell's call to the file on the disk: scenes of one tile, and the example of six,
@@ -31,7 +33,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +228,11 @@ def compact(folder: Path, rounds: int) -> Iterator[Line]:
     """The bundled weights."""
     import torch
 
+    from babelrs_geo import allocation
     from babelrs_geo.models import zoo
     from babelrs_geo.scenes import open_scene
 
+    allocation.keep()  # as the command does
     torch.set_num_threads(2)
     path, weights = ready(folder, *SCENES["compact"][0]), zoo.load("compact")
     find = weights.detector("rgb")
@@ -237,6 +243,54 @@ def compact(folder: Path, rounds: int) -> Iterator[Line]:
     yield "compact, forward passes alone", "seconds", told["forward"], "", 1.0
     ratio = over(told["detect"], told["forward"])
     yield "compact, detect and GeoPackage", "seconds", told["detect"], "forward", ratio
+
+
+def measure_kept(path: str, *, kept: bool, batch: int) -> Cells:
+    """Forward passes in a thread of this process, where `detect` has them."""
+    import torch
+
+    from babelrs_geo import allocation
+    from babelrs_geo.models import zoo
+    from babelrs_geo.scenes import open_scene
+
+    if kept and not allocation.keep():
+        raise SystemExit("nothing can be kept here")
+    torch.set_num_threads(2)
+    find = zoo.load("compact").detector("rgb")
+    with open_scene(path, "rgb") as scene:
+        batches = batches_of(look_at(scene, batch))[: 12 // batch]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(find, batches[0]).result()
+        return {"seconds": timed(lambda: [pool.submit(find, each).result() for each in batches])}
+
+
+KEPT = {
+    f"{kept}-{batch}": partial(measure_kept, kept=kept == "kept", batch=batch)
+    for batch in (4, 2)
+    for kept in ("given back", "kept")
+}
+
+
+def kept(folder: Path, rounds: int) -> Iterator[Line]:
+    """Memory that stays."""
+    path = str(ready(folder, *SCENES["compact"][0]))
+    told: dict[str, list[Cells]] = {way: [] for way in KEPT}
+    for _ in range(rounds):
+        for way in KEPT:
+            told[way].append(cell([sys.executable, __file__, path, "--measure", way]))
+    for way, cells in told.items():
+        what, _, batch = way.partition("-")
+        ratio = over(cells, told["given back-4"])
+        yield f"12 tiles by {batch}, memory {what}", "seconds", cells, "by 4, given back", ratio
+        yield (
+            f"12 tiles by {batch}, memory {what}",
+            "memory",
+            cells,
+            "by 4, given back",
+            statistics.median(
+                a["memory"] / b["memory"] for a, b in zip(cells, told["given back-4"], strict=True)
+            ),
+        )
 
 
 def brightest() -> Callable[[NDArray[np.float32]], list[Any]]:
@@ -440,7 +494,14 @@ def first(folder: Path, rounds: int) -> Iterator[Line]:
             yield f"... {name}", "seconds", cells, "import torch", over(cells, base)
 
 
-ROWS = {"memory": memory, "compact": compact, "small": small, "workers": workers, "first": first}
+ROWS = {
+    "memory": memory,
+    "compact": compact,
+    "kept": kept,
+    "small": small,
+    "workers": workers,
+    "first": first,
+}
 
 
 def main() -> None:
@@ -458,7 +519,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        one = {"memory": measure_memory, "first": measure_first}[options.measure]
+        one = {"memory": measure_memory, "first": measure_first, **KEPT}[options.measure]
         print(json.dumps(one(str(options.folder))))
         return
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import re
 import string
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas as gpd
@@ -305,6 +306,29 @@ def test_all_questions_of_a_data_set_are_answered_by_its_labels(data, tmp_path):
         assert conversation.images == (data / record["image"],) and conversation.images[0].is_file()
         assert list(conversation.turns) == record["conversations"]
         assert (conversation.task, conversation.sensor) == (record["task"], record["sensor"])
+
+
+@pytest.mark.parametrize("turns", [2, 3, 100])
+def test_conversations_of_several_turns_ask_the_same_of_an_image_shown_once(data, tmp_path, turns):
+    options = InstructOptions(per_image=5, tasks=("count", "presence", "sensor"))
+    single = write_corpus([data], tmp_path / "one.jsonl", options)
+    several = write_corpus([data], tmp_path / "more.jsonl", replace(options, turns=turns))
+    assert several.records == single.records and several.images == single.images
+    said: dict[str, list[str]] = {}
+    for record in records_of(tmp_path / "one.jsonl"):
+        said.setdefault(record["image"], []).extend(t["value"] for t in record["conversations"])
+    corpus = Corpus(several.meta)
+    assert json.loads(several.meta.read_text())["more"]["length"] == len(corpus)
+    again: dict[str, list[str]] = {}
+    for record, conversation in zip(records_of(tmp_path / "more.jsonl"), corpus, strict=True):
+        values = [turn["value"] for turn in record["conversations"]]
+        assert len(conversation.images) == 1 and 2 <= len(values) <= 2 * turns
+        assert [value.count("<image>") for value in values] == [1, *[0] * (len(values) - 1)]
+        again.setdefault(record["image"], []).extend(values)
+    assert {name: [v.removeprefix("<image>\n") for v in each] for name, each in again.items()} == {
+        name: [v.removeprefix("<image>\n") for v in each] for name, each in said.items()
+    }
+    assert any("task" not in record for record in records_of(tmp_path / "more.jsonl"))
 
 
 PLACES = {

@@ -16,6 +16,7 @@ import click
 import pytest
 
 import babelrs_geo
+from babelrs_geo.__main__ import main as program
 from babelrs_geo.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +133,7 @@ def test_the_versions_agree():
 
 def test_the_command_is_installed():
     (entry,) = metadata.entry_points(group="console_scripts", name="babelrs-geo")
-    assert entry.load() is main
+    assert entry.load() is program
 
 
 def test_the_installed_package_has_all_its_files():

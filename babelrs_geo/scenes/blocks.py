@@ -52,6 +52,8 @@ class Piece:
     @cached_property
     def darkest(self) -> Any:
         """The least of what is the largest magnitude among a pixel's bands; NaN where a number is NaN."""
+        if len(self.raw) == 1 and self.raw.dtype.kind != "c" and (least := self.raw.min()) > 0:
+            return least  # nothing is negative: no magnitudes are needed, whose pages would be new
         dark = self.raw if self.raw.dtype.kind == "u" else np.abs(self.raw)
         return (dark[0] if len(dark) == 1 else dark.max(axis=0)).min()
 

@@ -16,6 +16,7 @@ from babelrs_geo.sensors import Radiometry
 
 _LINEAR = {"amplitude", "kelvin", "centikelvin", "celsius", "counts", "reflectance", "uint8"}
 _NONE = np.zeros((1, 1), bool)  # in place of a mask
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 Kernel = Callable[[NDArray[Any], NDArray[np.bool_], bool, tuple[int, ...], NDArray[np.float32]], None]
 """Called with raw numbers (band, y, x), a mask (y, x), whether it counts, a place, and the output (band, y, x). The
@@ -94,7 +95,7 @@ def _kernel(radiometry: Radiometry, dtype: str) -> Kernel | None:
         low, high = np.array(radiometry.low), np.array(radiometry.high)
         if radiometry.kind == "intensity":
             low, high = np.sqrt(np.maximum(low, 0.0)), np.sqrt(np.maximum(high, 0.0))
-        factors = np.array([scale, offset, low, high - low])
+        factors = np.array([scale, offset, low, high - low], np.float32)
         scaled = bool(radiometry.scale or radiometry.offset) and not radiometry.is_exact
         return _with(_roots if radiometry.kind == "intensity" else _lines, factors, scaled)
     return None
@@ -146,17 +147,17 @@ def _look_up(raw, valid, masked, place, out, table, least):  # type: ignore[no-u
 
 @_vectorised
 def _lines(raw, valid, masked, place, out, factors, scaled):  # type: ignore[no-untyped-def]
-    """Stretched by factors (4, band): scale, offset, low, high - low. float64 inside, as `Radiometry` has it."""
+    """Stretched by factors (4, band): scale, offset, low, high - low."""
     top, left, row, column, high, wide = place
     for y in range(high):
         for b in range(out.shape[0]):
             there, here = raw[b, top + y, left : left + wide], out[b, row + y, column : column + wide]
             scale, offset, low, span = factors[0, b], factors[1, b], factors[2, b], factors[3, b]
             for x in range(wide):
-                value = np.float64(there[x])
+                value = there[x]
                 if scaled:
                     value = value * scale + offset
-                here[x] = np.float32(min(max((value - low) / span, 0.0), 1.0) + 0.0)
+                here[x] = min(max((value - low) / span, _ZERO), _ONE) + _ZERO
         if masked:
             _finish(y, valid, place, out)
 
@@ -169,9 +170,9 @@ def _roots(raw, valid, masked, place, out, factors, scaled):  # type: ignore[no-
     for y in range(high):
         there, here = raw[0, top + y, left : left + wide], out[0, row + y, column : column + wide]
         for x in range(wide):
-            value = np.float64(there[x])
+            value = there[x]
             if scaled:
                 value = value * scale + offset
-            here[x] = np.float32(min(max((np.sqrt(max(value, 0.0)) - low) / span, 0.0), 1.0) + 0.0)
+            here[x] = min(max((np.sqrt(max(value, _ZERO)) - low) / span, _ZERO), _ONE) + _ZERO
         if masked:
             _finish(y, valid, place, out)
