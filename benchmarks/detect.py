@@ -13,6 +13,7 @@ kept     Forward passes of the bundled weights in a thread, batches of 4 and of 
 small    As `compact`, on 8192 x 8192 px (256 tiles) with a network of two convolutions that finds its 25 brightest
          places in each tile, one thread to compute and one to read. Detection is from the open scene to merged boxes;
          `reading` visits the tiles alone; `plain` reads windows by rasterio and computes them one by one, and no more.
+         Tiles are in memory as a detector gets them: bytes, which it divides by 255; on `floats` it need not.
 workers  Groups of 64 tiles by two Dask workers, over two processes without Dask that do half the groups each: compact
          weights, a thread each, started and warmed up before.
 first    `babelrs-geo detect` from the shell's call to the file on the disk: scenes of one tile, and the example of six,
@@ -179,13 +180,23 @@ def look_at(scene: Any, batch: int = 4) -> Any:
     )
 
 
-def batches_of(look: Any) -> list[NDArray[np.float32]]:
+def read(scene: Any, tile: Any) -> NDArray[Any]:
+    """A tile as a detector gets it that takes bytes."""
+    from babelrs_geo.scenes.develop import sheet
+
+    plain = scene.radiometry.is_exact and scene.dtype == "uint8"
+    (room,) = sheet(scene.radiometry, 1, TILE, TILE, np.uint8 if plain else np.float32)
+    image: NDArray[Any] = scene.read(tile, out=room).image
+    return image
+
+
+def batches_of(look: Any) -> list[NDArray[Any]]:
     """The batches of a detection, in memory."""
     batch, out = look.options.batch, []
     for group in look.groups(np.ones(len(look.grid), bool)):
         tiles = [look.grid[i].outer for i in group.tiles]
         for start in range(0, len(tiles), batch):
-            out.append(np.stack([look.scene.read(tile).image for tile in tiles[start : start + batch]]))
+            out.append(np.stack([read(look.scene, tile) for tile in tiles[start : start + batch]]))
     return out
 
 
@@ -293,30 +304,37 @@ def kept(folder: Path, rounds: int) -> Iterator[Line]:
         )
 
 
-def brightest() -> Callable[[NDArray[np.float32]], list[Any]]:
+class Brightest:
     """Two convolutions, and the 25 highest places of their map as boxes."""
-    import torch
 
-    from babelrs_geo.detections import Detections
+    takes_bytes = True
 
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 16, 8, 8), torch.nn.ReLU(), torch.nn.Conv2d(16, 1, 3, padding=1)
-    )
+    def __init__(self) -> None:
+        import torch
+        from torch import nn
 
-    @torch.inference_mode()
-    def find(images: NDArray[np.float32]) -> list[Detections]:
-        scores = net(torch.from_numpy(images)).flatten(1).sigmoid()
-        value, place = scores.topk(25)
-        y, x = (8.0 * part + 4 for part in (place // (images.shape[3] // 8), place % (images.shape[3] // 8)))
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))
+
+    def __call__(self, images: NDArray[Any]) -> list[Any]:
+        """As the bundled weights: bytes over 255."""
+        import torch
+
+        from babelrs_geo.detections import Detections
+
+        batch, wide = torch.from_numpy(images), images.shape[3] // 8
+        with torch.inference_mode():
+            scores = (
+                self.net(batch.float() / 255 if batch.dtype == torch.uint8 else batch).flatten(1).sigmoid()
+            )
+            value, place = scores.topk(25)
+        y, x = 8.0 * (place // wide) + 4, 8.0 * (place % wide) + 4
         boxes = torch.stack([x, y, torch.full_like(x, 20), torch.full_like(x, 12), torch.zeros_like(x)], -1)
         labels = np.zeros(25, np.int64)
         return [
             Detections(b, v, labels, ("ship",), False)
             for b, v in zip(boxes.numpy(), value.numpy(), strict=True)
         ]
-
-    return find
 
 
 def small(folder: Path, rounds: int) -> Iterator[Line]:
@@ -327,9 +345,10 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
     from babelrs_geo.scenes import open_scene
 
     torch.set_num_threads(1)
-    path, find = ready(folder, *SCENES["small"][0]), brightest()
+    path, find = ready(folder, *SCENES["small"][0]), Brightest()
     with open_scene(path, "rgb") as scene:
         batches = batches_of(look_at(scene))
+    floats = [batch.astype(np.float32) / np.float32(255) for batch in batches]
 
     def reading() -> None:
         with open_scene(path, "rgb") as scene:
@@ -337,7 +356,7 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
             tiles = [look.grid[i].outer for i in look.grid.order(scene.strip(), paired=scene.is_tiled)]
             with scene.expecting(tiles):
                 for tile in tiles:
-                    scene.read(tile)
+                    read(scene, tile)
 
     def detecting() -> None:
         with open_scene(path, "rgb") as scene:
@@ -350,11 +369,12 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
             starts = [min(i, last) for i in range(0, last + STEP, STEP)]
             for y in starts:
                 for x in starts:
-                    find(file.read(window=Window(x, y, TILE, TILE))[None].astype(np.float32) / 255)
+                    find(file.read(window=Window(x, y, TILE, TILE))[None])
 
     told = in_turns(
         {
             "forward": lambda: [find(b) for b in batches],
+            "floats": lambda: [find(b) for b in floats],
             "reading": reading,
             "detecting": detecting,
             "whole": whole(path, Network(find)),
@@ -365,6 +385,13 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
     forward, reads = told["forward"], told["reading"]
     larger = [max(pair, key=lambda c: c["seconds"]) for pair in zip(forward, reads, strict=True)]
     yield "small, forward passes alone", "seconds", forward, "", 1.0
+    yield (
+        "small, forward passes on floats",
+        "seconds",
+        told["floats"],
+        "forward",
+        over(told["floats"], forward),
+    )
     yield "small, reading alone", "seconds", reads, "forward", over(reads, forward)
     yield "small, a plain loop", "seconds", told["plain"], "forward", over(told["plain"], forward)
     detected = told["detecting"]

@@ -7,7 +7,8 @@ Scenes of 20,000 x 20,000 px are made in the folder, once (up to 2 GB each, a fe
 three bytes, one float32 and one uint16, and a GeoTIFF in strips. Tiles have 640 px and start every 512. Every cell is a
 process of its own, in which torch is never imported; rounds take turns, and a figure is the median of its rounds.
 Seconds start when the scene is open and one window of it was read: what that costs (the radiometry, looked up in spread
-windows; the search for a black border; compiled kernels loaded) is told apart, as opening.
+windows; the search for a black border; compiled kernels loaded) is told apart, as opening. Tiles are what a detector
+gets: bytes of 8-bit scenes, floats in [0, 1] of others, one plane where the scene is grey.
 """
 
 from __future__ import annotations
@@ -167,8 +168,15 @@ def every_tile(path: str, sensor: str, threads: int) -> tuple[float, float]:
         grid = Grid(scene.width, scene.height, TILE, TILE - STEP)
         tiles = [grid[i].outer for i in grid.order(scene.strip(), paired=scene.is_tiled)]
 
+        plain = scene.radiometry.is_exact and scene.dtype == "uint8"
+        shown = (
+            np.uint8 if plain else np.float32
+        )  # what a detector gets that takes bytes, as the bundled weights do
+
         def look(tile: Rect) -> None:
-            scene.read(tile, out=sheet(scene.radiometry, 1, TILE, TILE)[0])  # and the model does nothing
+            scene.read(
+                tile, out=sheet(scene.radiometry, 1, TILE, TILE, shown)[0]
+            )  # and the model does nothing
 
         with scene.expecting(tiles):
             for _ in pool.map(look, tiles):
@@ -183,8 +191,11 @@ def every_batch(path: str, sensor: str, threads: int) -> tuple[float, float]:
     from babelrs_geo.scenes import open_scene
     from babelrs_geo.tiling import Grid
 
-    def nothing(images: NDArray[np.float32]) -> list[Detections]:
-        return [Detections.empty(("ship",), False)] * len(images)
+    class Nothing:
+        takes_bytes = True
+
+        def __call__(self, images: NDArray[Any]) -> list[Detections]:
+            return [Detections.empty(("ship",), False)] * len(images)
 
     before = time.perf_counter()
     with open_scene(path, sensor) as scene:
@@ -192,7 +203,7 @@ def every_batch(path: str, sensor: str, threads: int) -> tuple[float, float]:
         scene.read((0, 0, 1, 1))
         opened = time.perf_counter()
         grid = Grid(scene.width, scene.height, TILE, TILE - STEP)
-        run(scene, nothing, grid, options=InferenceOptions(readers=threads))
+        run(scene, Nothing(), grid, options=InferenceOptions(readers=threads))
         return opened - before, time.perf_counter() - opened
 
 

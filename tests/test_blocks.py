@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from babelrs_geo.detections import Detections
-from babelrs_geo.errors import SceneError
+from babelrs_geo.errors import ParameterError, SceneError
 from babelrs_geo.inference import InferenceOptions, run
 from babelrs_geo.scenes import SceneOptions, open_scene, reader
 from babelrs_geo.scenes.blocks import STORE, Key, Mosaic, Patch, Piece, Store
@@ -332,6 +332,54 @@ def test_one_pass_gives_the_bits_of_the_radiometry(kind, dtype, scaled, plane, s
         if develop_mosaic(radiometry, Mosaic(7, 8, (every,)), out[:, :7, :8]):
             wanted = radiometry.apply(every.piece.raw, seen)[:, 2:, 3:]
             assert out[:, :7, :8].tobytes() == wanted.tobytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(bands=st.sampled_from([1, 3]), masked=st.booleans(), seed=st.integers(0, 999))
+def test_bytes_stay_bytes_where_they_are_asked_for(bands, masked, seed):
+    sensor = Sensor.RGB if bands == 3 else Sensor.SAR
+    radiometry = Radiometry(
+        sensor=sensor,
+        kind="uint8",
+        bands=tuple(range(1, bands + 1)),
+        low=(0.0,) * bands,
+        high=(255.0,) * bands,
+    )
+    rng = np.random.default_rng(seed)
+    raw, valid = rng.integers(0, 256, (bands, 9, 11), np.uint8), rng.random((9, 11)) < (0.7 if masked else 2)
+    out = develop(radiometry, raw, valid, sheet(radiometry, 2, 9, 11, np.uint8)[1])
+    assert out.dtype == np.uint8
+    assert (out.astype(np.float32) / 255).tobytes() == radiometry.apply(raw, valid).tobytes()
+    with pytest.raises(ParameterError, match="bytes were asked"):
+        develop(radiometry, raw.astype(np.float32), valid, out)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "plain"), [("uint8", 1.0, True), ("uint8", 0.5, False), ("uint16", 1.0, False)]
+)
+def test_a_detector_that_takes_bytes_gets_those_of_a_file_of_bytes(make_raster, dtype, scale, plain):
+    class Sees:
+        def __init__(self, takes_bytes):
+            self.takes_bytes, self.shown = takes_bytes, []
+
+        def __call__(self, images):
+            self.shown += [image.copy() for image in images]
+            return [Detections.empty(("ship",), False)] * len(images)
+
+    pixels = noise(90, 70).astype(dtype) * (1 if dtype == "uint8" else 200)
+    bytes_too, floats = Sees(True), Sees(False)
+    with open_scene(make_raster(pixels, colours=RGB)) as scene:
+        grid = Grid(*reversed(scene.shape_at(scale)), 32, 8)
+        for detectors in (bytes_too, floats, [bytes_too, floats]):
+            run(scene, detectors, grid, scale=scale)
+    whole = len(floats.shown) + len(bytes_too.shown)
+    assert whole == 3 * len(grid)
+    assert {image.dtype for image in floats.shown} == {np.dtype(np.float32)}
+    first = bytes_too.shown[: len(grid)]
+    assert {image.dtype for image in first} == {np.dtype(np.uint8 if plain else np.float32)}
+    assert {image.dtype for image in bytes_too.shown[len(grid) :]} == {np.dtype(np.float32)}
+    shown = [image.astype(np.float32) / 255 if plain else image for image in first]
+    np.testing.assert_array_equal(shown, floats.shown[: len(grid)])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])

@@ -69,6 +69,17 @@ def test_a_detector_gives_detections_of_its_sensor(file: Path) -> None:
     assert set(chosen.class_names) <= {"ship"}
 
 
+def test_bytes_are_found_in_as_what_they_stand_for(file: Path) -> None:
+    weights = zoo.load(file)
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), np.uint8)
+    for sensor in header().box_kind:
+        find = weights.detector(sensor)
+        assert find.takes_bytes
+        for one, other in zip(find(images), find(images.astype(np.float32) / 255), strict=True):
+            assert len(one) and one.boxes.tobytes() == other.boxes.tobytes()
+            assert one.scores.tobytes() == other.scores.tobytes()
+
+
 def test_what_weights_do_not_know_is_said(file: Path) -> None:
     weights = zoo.load(file)
     with pytest.raises(ParameterError, match='unknown class "truck" for sar: the weights know ship'):

@@ -45,7 +45,7 @@ class ArrayScene:
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
     is_tiled = False
-    radiometry = SimpleNamespace(bands=(1, 2, 3))
+    radiometry = SimpleNamespace(bands=(1, 2, 3), is_exact=False)
 
     def strip(self, scale):
         return self.width

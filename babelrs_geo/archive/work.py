@@ -87,13 +87,23 @@ class _InTurn:
 
     def detector(self, *given: Any) -> Callable[[Any], Any]:
         """As of the weights themselves."""
-        compute = self._weights.detector(*given)
+        return _Waits(self._weights.detector(*given), self._turn)
 
-        def find_objects(images: Any) -> Any:
-            with self._turn:
-                return compute(images)
 
-        return find_objects
+@dataclass(frozen=True)
+class _Waits:
+    """A detector that waits for its turn."""
+
+    compute: Callable[[Any], Any]
+    turn: Turn
+
+    @property
+    def takes_bytes(self) -> bool:
+        return getattr(self.compute, "takes_bytes", False)
+
+    def __call__(self, images: Any) -> Any:
+        with self.turn:
+            return self.compute(images)
 
 
 @dataclass(frozen=True)

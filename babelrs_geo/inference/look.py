@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +37,10 @@ GROUP = 8
 GROUPS = 32
 """Groups that a scene has at least, if it has so many batches: enough to share among workers."""
 
-Detector = Callable[[NDArray[np.float32]], list[Detections]]
+Detector = Callable[[Any], list[Detections]]
 """float32 (B, 3, h, w) in [0, 1] to one `Detections` per image, boxes in that image's pixels. The images are only lent,
-not to be written to: channels of grey ones are one plane.
+not to be written to: channels of grey ones are one plane. A detector whose `takes_bytes` is true gets the bytes of an
+8-bit file as uint8, a quarter to write and to send to a device, and divides by 255 itself.
 """
 
 Tick = Callable[[int], None]
@@ -156,7 +158,8 @@ class Look:
                 threads = [
                     stack.enter_context(_pool(1, f"babelrs-geo-detect-{k}")) for k in range(len(detectors))
                 ]
-                batches = self._packed(self._read_ahead(readers, groups), books)
+                plain = all(getattr(each, "takes_bytes", False) for each in detectors)
+                batches = self._packed(self._read_ahead(readers, groups, plain=plain), books)
                 for batch, found in _computed(batches, detectors, threads):
                     for read, boxes in zip(batch.reads, found, strict=True):
                         if read.pixels is not None:
@@ -191,10 +194,14 @@ class Look:
         detector(images)
         return max(reading, (perf_counter() - before) / batch)
 
-    def _read_ahead(self, pool: ThreadPoolExecutor, groups: Sequence[Group]) -> Iterator[_Read]:
-        """The groups' tiles with their pixels, in order, at most `ahead` of them read before they are asked for."""
+    def _read_ahead(
+        self, pool: ThreadPoolExecutor, groups: Sequence[Group], *, plain: bool
+    ) -> Iterator[_Read]:
+        """The groups' tiles with their pixels, in order, at most `ahead` of them read before they are asked for; bytes
+        as they are if `plain`.
+        """
 
-        def read(group: int, tile: Tile, scale: float, room: NDArray[np.float32], place: int) -> _Read:
+        def read(group: int, tile: Tile, scale: float, room: NDArray[Any], place: int) -> _Read:
             try:
                 return _Read(group, tile, self.scene.read(tile.outer, scale, room[place]), room=room)
             except OSError as error:  # SceneError and rasterio's own: this tile is lost, not the run
@@ -203,15 +210,22 @@ class Look:
         waiting: deque[Future[_Read]] = deque()
         for group in groups:
             grid, scale = self.passes[group.level]
+            shown = np.uint8 if plain and self._is_bytes(scale) else np.float32
             for number, index in enumerate(group.tiles):
                 if len(waiting) >= self.options.ahead:
                     yield waiting.popleft().result()
                 place = number % self.options.batch
                 if place == 0:  # tiles are read to where their batch will be
-                    room = sheet(self.scene.radiometry, self.options.batch, *_input_size(grid))
+                    room = sheet(self.scene.radiometry, self.options.batch, *_input_size(grid), shown)
                 waiting.append(pool.submit(read, group.number, grid[index], scale, room, place))
         while waiting:
             yield waiting.popleft().result()
+
+    def _is_bytes(self, scale: float) -> bool:
+        """Whether model input at a scale is the file's own bytes over 255."""
+        scene = self.scene
+        own = scene.shape_at(scale) == (scene.height, scene.width)
+        return own and scene.radiometry.is_exact and scene.dtype == "uint8"
 
     def _packed(self, reads: Iterable[_Read], books: _Books) -> Iterator[_Batch]:
         """The reads that have a valid pixel, `batch` of one group at a time; the others end here."""
@@ -239,7 +253,7 @@ class _Read:
     tile: Tile
     pixels: Pixels | None
     reason: str = ""
-    room: NDArray[np.float32] | None = None  # what it was read into: a place for each tile of a batch
+    room: NDArray[Any] | None = None  # what it was read into: a place for each tile of a batch
 
 
 @dataclass(frozen=True)
@@ -248,7 +262,7 @@ class _Batch:
     in the batch, and so the last bit of every score, does not depend on a disk's bad day.
     """
 
-    images: NDArray[np.float32]  # (slots, 3, h, w)
+    images: NDArray[Any]  # (slots, 3, h, w)
     reads: tuple[_Read, ...]  # by slot
 
 
@@ -301,8 +315,8 @@ def _batch(slots: list[_Read]) -> _Batch:
         placed = (one is not None and np.may_share_memory(one, room[n]) for n, one in enumerate(shown))
         if all(placed):
             return _Batch(room[: len(slots)], tuple(slots))
-    shape = next(one.shape for one in shown if one is not None)
-    images = np.zeros((len(slots), *shape), np.float32)
+    like = next(one for one in shown if one is not None)
+    images = np.zeros((len(slots), *like.shape), like.dtype)
     for image, one in zip(images, shown, strict=True):
         if one is not None:
             image[:] = one

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,9 +21,6 @@ from babelrs_geo.models.detector import Detector, Prediction
 
 BUNDLED = Path(__file__).parent / "weights"
 """Weights that come with the package, `NAME.safetensors` each beside its model card `NAME.md`."""
-
-TileDetector = Callable[[NDArray[np.float32]], list[Detections]]
-"""Images (B, 3, h, w) float32 in [0, 1] to one Detections an image, in pixels of the tile."""
 
 
 def bundled() -> list[str]:
@@ -73,7 +71,7 @@ class Weights:
         score: float | Mapping[str, float] | None = None,
         classes: Sequence[str] | None = None,
     ) -> TileDetector:
-        """A callable that finds objects of one sensor.
+        """What finds objects of one sensor.
 
         `score` is the least score reported, for all classes or by class; by default the weights' own.
         `classes` are those to report, all by default. Raises WeightsError for a sensor the weights do not
@@ -83,15 +81,35 @@ class Weights:
         chosen, known = header.chosen(sensor, classes), header.classes[sensor]
         own = header.thresholds[sensor]
         least = np.array([_least(own, score, n) if n in chosen else np.inf for n in known])
-        first = self.model.config.labels(sensor).start
-        oriented = header.box_kind[sensor] == "oriented"
+        return TileDetector(self, sensor, known, least)
 
-        def find_objects(images: NDArray[np.float32]) -> list[Detections]:
-            batch = torch.from_numpy(images).to(self.device)
-            predictions = self.model.predict(batch, sensor)
-            return [to_detections(p, first, known, oriented, least) for p in predictions]
 
-        return find_objects
+@dataclass(frozen=True, eq=False)
+class TileDetector:
+    """Finds objects of one sensor in images."""
+
+    weights: Weights
+    sensor: str
+    classes: tuple[str, ...]
+    least: NDArray[np.float64]
+    """The least score reported of each class (K,)."""
+
+    takes_bytes: ClassVar[bool] = True
+
+    def __call__(self, images: NDArray[np.float32] | NDArray[np.uint8]) -> list[Detections]:
+        """Images (B, 3, h, w), float32 in [0, 1] or bytes, to one `Detections` each, in pixels of the image."""
+        model, header = self.weights.model, self.weights.header
+        batch = torch.from_numpy(images).to(self.weights.device)
+        if batch.dtype == torch.uint8:  # there, not before: a quarter to send
+            batch = batch.float() / 255
+        first, oriented = (
+            model.config.labels(self.sensor).start,
+            header.box_kind[self.sensor] == "oriented",
+        )
+        return [
+            to_detections(p, first, self.classes, oriented, self.least)
+            for p in model.predict(batch, self.sensor)
+        ]
 
 
 def _least(own: Mapping[str, float], score: float | Mapping[str, float] | None, name: str) -> float:

@@ -7,8 +7,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from babelrs_geo.errors import ParameterError
 from babelrs_geo.kernels import compiled
 from babelrs_geo.scenes.blocks import Mosaic, Patch, Piece
 from babelrs_geo.scenes.memory import MEMORY
@@ -18,7 +19,9 @@ _LINEAR = {"amplitude", "kelvin", "centikelvin", "celsius", "counts", "reflectan
 _NONE = np.zeros((1, 1), bool)  # in place of a mask
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
-Kernel = Callable[[NDArray[Any], NDArray[np.bool_], bool, tuple[int, ...], NDArray[np.float32]], None]
+Shown = NDArray[np.float32] | NDArray[np.uint8]
+"""What is shown to a model: floats in [0, 1], or bytes, of which it takes `x / 255`."""
+Kernel = Callable[[NDArray[Any], NDArray[np.bool_], bool, tuple[int, ...], Shown], None]
 """Called with raw numbers (band, y, x), a mask (y, x), whether it counts, a place, and the output (band, y, x). The
 place is `(y, x)` in the first two, `(y, x)` in the output, rows and columns. Arrays are contiguous: loops become vector
 code.
@@ -28,13 +31,10 @@ _vectorised = partial(compiled, error_model="numpy")  # else each division looks
 
 
 def develop(
-    radiometry: Radiometry,
-    raw: NDArray[Any],
-    valid: NDArray[np.bool_],
-    out: NDArray[np.float32] | None = None,
-) -> NDArray[np.float32]:
+    radiometry: Radiometry, raw: NDArray[Any], valid: NDArray[np.bool_], out: Shown | None = None
+) -> Shown:
     """Raw numbers `(band, y, x)` to model input `(3, y, x)` in [0, 1], 0 where not `valid` `(y, x)`; into `out`
-    where given.
+    where given. Bytes may stay bytes, of which model input is `x / 255`.
     """
     if out is None:
         out = np.empty((3, *valid.shape), np.float32)
@@ -45,15 +45,15 @@ def develop(
     return out
 
 
-def develop_mosaic(radiometry: Radiometry, mosaic: Mosaic, out: NDArray[np.float32]) -> bool:
+def develop_mosaic(radiometry: Radiometry, mosaic: Mosaic, out: Shown) -> bool:
     """The same straight from the pieces of a window; False, and nothing done, where numbers of this kind have no such
     pass.
     """
-    kernel = _kernel(radiometry, mosaic.patches[0].piece.raw.dtype.str)
+    kernel = _kernel(radiometry, mosaic.patches[0].piece.raw.dtype.str, out.dtype.str)
     if kernel is None:
         return False
     own = out[: len(radiometry.bands)]
-    whole = own if own.flags.c_contiguous else np.empty(own.shape, own.dtype)
+    whole: Shown = own if own.flags.c_contiguous else np.empty(own.shape, own.dtype)
     for patch in mosaic.patches:
         valid = patch.piece.valid
         mask, masked = (_NONE, False) if valid is None else (valid, True)
@@ -65,12 +65,14 @@ def develop_mosaic(radiometry: Radiometry, mosaic: Mosaic, out: NDArray[np.float
     return True
 
 
-def sheet(radiometry: Radiometry, images: int, high: int, wide: int) -> NDArray[np.float32]:
+def sheet(
+    radiometry: Radiometry, images: int, high: int, wide: int, dtype: DTypeLike = np.float32
+) -> NDArray[Any]:
     """Memory for so many images, `(images, 3, y, x)`, with anything in it. Grey ones are one plane shown three times, a
     third of the memory to write: what is written to one channel is in all of them.
     """
     bands = len(radiometry.bands)
-    planes = MEMORY.empty((images, bands, high, wide), np.float32)
+    planes = MEMORY.empty((images, bands, high, wide), dtype)
     if bands == 3:
         return planes
     strides = (planes.strides[0], 0, *planes.strides[2:])
@@ -78,11 +80,13 @@ def sheet(radiometry: Radiometry, images: int, high: int, wide: int) -> NDArray[
 
 
 @lru_cache(maxsize=8)
-def _kernel(radiometry: Radiometry, dtype: str) -> Kernel | None:
-    """One pass for numbers of this type; None where there is none."""
-    number = np.dtype(dtype)
+def _kernel(radiometry: Radiometry, dtype: str, wanted: str) -> Kernel | None:
+    """One pass from numbers of this type to those wanted; None where there is none."""
+    number, as_bytes = np.dtype(dtype), np.dtype(wanted) == np.uint8
     if radiometry.is_exact and number == np.uint8:
-        return _bytes
+        return _as_they_are if as_bytes else _bytes
+    if as_bytes:
+        raise ParameterError(f"bytes were asked of numbers that are not ({number}); ask for float32")
     if number.kind in "ui" and number.itemsize <= 2:
         limits = np.iinfo(number)
         every = np.arange(limits.min, limits.max + 1).astype(number)
@@ -116,7 +120,19 @@ def _finish(y, valid, place, out):  # type: ignore[no-untyped-def]  # numba infe
     for b in range(out.shape[0]):
         here = out[b, row + y, column : column + wide]
         for x in range(wide):
-            here[x] = here[x] if seen[x] else np.float32(0.0)
+            here[x] = here[x] if seen[x] else out.dtype.type(0)
+
+
+@_vectorised
+def _as_they_are(raw, valid, masked, place, out):  # type: ignore[no-untyped-def]
+    top, left, row, column, high, wide = place
+    for y in range(high):
+        for b in range(out.shape[0]):
+            there, here = raw[b, top + y, left : left + wide], out[b, row + y, column : column + wide]
+            for x in range(wide):
+                here[x] = there[x]
+        if masked:
+            _finish(y, valid, place, out)
 
 
 @_vectorised

@@ -19,7 +19,7 @@ from babelrs_geo.georef import Georef
 from babelrs_geo.scenes.acquired import acquired
 from babelrs_geo.scenes.blocks import STORE, Mosaic
 from babelrs_geo.scenes.collar import SMEAR, Collar, find
-from babelrs_geo.scenes.develop import develop, develop_mosaic
+from babelrs_geo.scenes.develop import Shown, develop, develop_mosaic
 from babelrs_geo.scenes.facts import Facts
 from babelrs_geo.scenes.memory import MEMORY
 from babelrs_geo.scenes.reader import Reader
@@ -66,8 +66,8 @@ class SceneOptions:
 class Pixels:
     """A window as the model sees it."""
 
-    image: NDArray[np.float32]
-    """(3, h, w) in [0, 1], 0 where not valid; grey is copied to the three channels."""
+    image: NDArray[Any]
+    """(3, h, w) float32 in [0, 1], 0 where not valid; grey is copied to the three channels."""
     valid: NDArray[np.bool_]
     """(h, w), True where the scene was really seen."""
 
@@ -189,9 +189,9 @@ class Scene:
             raise ParameterError(f"scale is {scale}, but must be above 0: model pixels per scene pixel")
         return max(1, round(self.height * scale)), max(1, round(self.width * scale))
 
-    def read(self, window: Window, scale: float = 1.0, out: NDArray[np.float32] | None = None) -> Pixels:
+    def read(self, window: Window, scale: float = 1.0, out: Shown | None = None) -> Pixels:
         """Model input of a window `(x, y, w, h)`, in pixels of the whole scene read at `scale`; the image in `out`
-        `(3, h, w)` where given.
+        `(3, h, w)` where given. There the bytes of a file, at scale 1, may stay bytes: model input is then `x / 255`.
 
         Raw numbers are resampled, then brought to [0, 1]. A pixel depends on its place in the scene alone:
         windows that overlap agree bit for bit, at any scale. At a scale below 1 overviews are used where
