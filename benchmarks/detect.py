@@ -13,7 +13,6 @@ kept     Forward passes of the bundled weights in a thread, batches of 4 and of 
 small    As `compact`, on 8192 x 8192 px (256 tiles) with a network of two convolutions that finds its 25 brightest
          places in each tile, one thread to compute and one to read. Detection is from the open scene to merged boxes;
          `reading` visits the tiles alone; `plain` reads windows by rasterio and computes them one by one, and no more.
-         Tiles are in memory as a detector gets them: bytes, which it divides by 255; on `floats` it need not.
 workers  Groups of 64 tiles by two Dask workers, over two processes without Dask that do half the groups each: compact
          weights, a thread each, started and warmed up before.
 first    `babelrs-geo detect` from the shell's call to the file on the disk: scenes of one tile, and the example of six,
@@ -181,11 +180,10 @@ def look_at(scene: Any, batch: int = 4) -> Any:
 
 
 def read(scene: Any, tile: Any) -> NDArray[Any]:
-    """A tile as a detector gets it that takes bytes."""
+    """A tile as a detector gets it on a CPU."""
     from babelrs_geo.scenes.develop import sheet
 
-    plain = scene.radiometry.is_exact and scene.dtype == "uint8"
-    (room,) = sheet(scene.radiometry, 1, TILE, TILE, np.uint8 if plain else np.float32)
+    (room,) = sheet(scene.radiometry, 1, TILE, TILE)
     image: NDArray[Any] = scene.read(tile, out=room).image
     return image
 
@@ -307,8 +305,6 @@ def kept(folder: Path, rounds: int) -> Iterator[Line]:
 class Brightest:
     """Two convolutions, and the 25 highest places of their map as boxes."""
 
-    takes_bytes = True
-
     def __init__(self) -> None:
         import torch
         from torch import nn
@@ -317,16 +313,14 @@ class Brightest:
         self.net = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))
 
     def __call__(self, images: NDArray[Any]) -> list[Any]:
-        """As the bundled weights: bytes over 255."""
+        """Images (B, 3, h, w) in [0, 1] to `Detections`."""
         import torch
 
         from babelrs_geo.detections import Detections
 
         batch, wide = torch.from_numpy(images), images.shape[3] // 8
         with torch.inference_mode():
-            scores = (
-                self.net(batch.float() / 255 if batch.dtype == torch.uint8 else batch).flatten(1).sigmoid()
-            )
+            scores = self.net(batch).flatten(1).sigmoid()
             value, place = scores.topk(25)
         y, x = 8.0 * (place // wide) + 4, 8.0 * (place % wide) + 4
         boxes = torch.stack([x, y, torch.full_like(x, 20), torch.full_like(x, 12), torch.zeros_like(x)], -1)
@@ -348,7 +342,6 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
     path, find = ready(folder, *SCENES["small"][0]), Brightest()
     with open_scene(path, "rgb") as scene:
         batches = batches_of(look_at(scene))
-    floats = [batch.astype(np.float32) / np.float32(255) for batch in batches]
 
     def reading() -> None:
         with open_scene(path, "rgb") as scene:
@@ -369,12 +362,11 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
             starts = [min(i, last) for i in range(0, last + STEP, STEP)]
             for y in starts:
                 for x in starts:
-                    find(file.read(window=Window(x, y, TILE, TILE))[None])
+                    find(file.read(window=Window(x, y, TILE, TILE))[None].astype(np.float32) / 255)
 
     told = in_turns(
         {
             "forward": lambda: [find(b) for b in batches],
-            "floats": lambda: [find(b) for b in floats],
             "reading": reading,
             "detecting": detecting,
             "whole": whole(path, Network(find)),
@@ -385,13 +377,6 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
     forward, reads = told["forward"], told["reading"]
     larger = [max(pair, key=lambda c: c["seconds"]) for pair in zip(forward, reads, strict=True)]
     yield "small, forward passes alone", "seconds", forward, "", 1.0
-    yield (
-        "small, forward passes on floats",
-        "seconds",
-        told["floats"],
-        "forward",
-        over(told["floats"], forward),
-    )
     yield "small, reading alone", "seconds", reads, "forward", over(reads, forward)
     yield "small, a plain loop", "seconds", told["plain"], "forward", over(told["plain"], forward)
     detected = told["detecting"]
@@ -546,8 +531,8 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        one = {"memory": measure_memory, "first": measure_first, **KEPT}[options.measure]
-        print(json.dumps(one(str(options.folder))))
+        ways: dict[str, Callable[[str], Cells]] = {"memory": measure_memory, "first": measure_first, **KEPT}
+        print(json.dumps(ways[options.measure](str(options.folder))))
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.make:

@@ -8,7 +8,7 @@ three bytes, one float32 and one uint16, and a GeoTIFF in strips. Tiles have 640
 process of its own, in which torch is never imported; rounds take turns, and a figure is the median of its rounds.
 Seconds start when the scene is open and one window of it was read: what that costs (the radiometry, looked up in spread
 windows; the search for a black border; compiled kernels loaded) is told apart, as opening. Tiles are what a detector
-gets: bytes of 8-bit scenes, floats in [0, 1] of others, one plane where the scene is grey.
+gets: floats in [0, 1], one plane where the scene is grey; on a GPU the bytes of 8-bit scenes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ WAYS = {
     "floor-2": "every block once, a tile filled with a number after each, 2 threads",
     "visit-1": "every tile as model input, 1 thread",
     "visit-2": "every tile as model input, 2 threads",
+    "bytes-1": "every tile as it goes to a GPU, 1 thread",
+    "bytes-2": "every tile as it goes to a GPU, 2 threads",
     "run-2": "the same through inference.run, 2 readers",
 }
 
@@ -155,7 +159,7 @@ def every_block(path: str, threads: int, *, filled: bool = False) -> float:
     return time.perf_counter() - before
 
 
-def every_tile(path: str, sensor: str, threads: int) -> tuple[float, float]:
+def every_tile(path: str, sensor: str, threads: int, *, to_gpu: bool = False) -> tuple[float, float]:
     """Seconds to open the scene, and to visit every tile of its grid by `Scene.read`."""
     from babelrs_geo.scenes import open_scene
     from babelrs_geo.scenes.develop import sheet
@@ -168,10 +172,8 @@ def every_tile(path: str, sensor: str, threads: int) -> tuple[float, float]:
         grid = Grid(scene.width, scene.height, TILE, TILE - STEP)
         tiles = [grid[i].outer for i in grid.order(scene.strip(), paired=scene.is_tiled)]
 
-        plain = scene.radiometry.is_exact and scene.dtype == "uint8"
-        shown = (
-            np.uint8 if plain else np.float32
-        )  # what a detector gets that takes bytes, as the bundled weights do
+        plain = to_gpu and scene.radiometry.is_exact and scene.dtype == "uint8"
+        shown = np.uint8 if plain else np.float32
 
         def look(tile: Rect) -> None:
             scene.read(
@@ -191,11 +193,8 @@ def every_batch(path: str, sensor: str, threads: int) -> tuple[float, float]:
     from babelrs_geo.scenes import open_scene
     from babelrs_geo.tiling import Grid
 
-    class Nothing:
-        takes_bytes = True
-
-        def __call__(self, images: NDArray[Any]) -> list[Detections]:
-            return [Detections.empty(("ship",), False)] * len(images)
+    def nothing(images: NDArray[np.float32]) -> list[Detections]:
+        return [Detections.empty(("ship",), False)] * len(images)
 
     before = time.perf_counter()
     with open_scene(path, sensor) as scene:
@@ -203,7 +202,7 @@ def every_batch(path: str, sensor: str, threads: int) -> tuple[float, float]:
         scene.read((0, 0, 1, 1))
         opened = time.perf_counter()
         grid = Grid(scene.width, scene.height, TILE, TILE - STEP)
-        run(scene, Nothing(), grid, options=InferenceOptions(readers=threads))
+        run(scene, nothing, grid, options=InferenceOptions(readers=threads))
         return opened - before, time.perf_counter() - opened
 
 
@@ -215,8 +214,12 @@ def measure(way: str, path: str, sensor: str) -> dict[str, float]:
     elif name in ("blocks", "floor"):
         seconds = every_block(path, int(threads), filled=name == "floor")
     else:
-        visit = every_tile if name == "visit" else every_batch
-        opening, seconds = visit(path, sensor, int(threads))
+        visits: dict[str, Callable[[str, str, int], tuple[float, float]]] = {
+            "visit": every_tile,
+            "bytes": partial(every_tile, to_gpu=True),
+            "run": every_batch,
+        }
+        opening, seconds = visits[name](path, sensor, int(threads))
     if "torch" in sys.modules:
         raise SystemExit("torch was imported")
     return {"seconds": seconds, "opening": opening}

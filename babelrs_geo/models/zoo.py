@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -94,7 +93,12 @@ class TileDetector:
     least: NDArray[np.float64]
     """The least score reported of each class (K,)."""
 
-    takes_bytes: ClassVar[bool] = True
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether bytes cost it less than floats: where they are sent to a device. For a CPU they are divided as they
+        are read, beside the model.
+        """
+        return not self.weights.device.startswith("cpu")
 
     def __call__(self, images: NDArray[np.float32] | NDArray[np.uint8]) -> list[Detections]:
         """Images (B, 3, h, w), float32 in [0, 1] or bytes, to one `Detections` each, in pixels of the image."""
