@@ -232,6 +232,33 @@ def test_who_waits_for_a_piece_that_fails_is_told():
     assert store.fetch([key], lambda keys: [piece]) == [piece]  # and may be tried again
 
 
+def test_threads_that_need_the_same_pieces_share_the_work():
+    keys = [Key(0, None, (1,), None, 0, column) for column in range(4)]
+    store, both, decoded = Store(), Barrier(2), []
+
+    def decode(wanted):
+        both.wait(10)  # broken unless the other thread decodes at the same time
+        decoded.extend((key, get_native_id()) for key in wanted)
+        return [Piece(np.full((1, 2, 2), key.column), None) for key in wanted]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: store.fetch(keys, decode), range(2)))
+    for pieces in found:
+        assert [int(piece.raw[0, 0, 0]) for piece in pieces] == [0, 1, 2, 3]
+    assert sorted(key for key, _ in decoded) == keys and store.decoded == 4
+    assert len({thread for _, thread in decoded}) == 2
+    assert store.fetch(keys, decode) == found[0]
+    calls = []
+
+    def together(wanted):
+        calls.append(list(wanted))
+        return [Piece(np.zeros((1, 2, 2)), None)] * len(wanted)
+
+    store.forget(0)
+    store.fetch(keys, together, at_once=True)
+    assert calls == [keys]
+
+
 def test_memory_comes_back_once_no_view_of_it_is_left():
     memory = Memory(limit=1 << 20)
     shape = (3, 200, 200)

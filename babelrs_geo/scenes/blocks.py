@@ -133,27 +133,33 @@ class Store:
         self._bytes = 0
         self._gone: deque[int] = deque()
 
-    def fetch(self, keys: Sequence[Key], decode: Decode, more: Sequence[Key] = ()) -> list[Piece]:
-        """The pieces of `keys`: held ones, those that another thread is decoding, and the rest by `decode`.
+    def fetch(
+        self, keys: Sequence[Key], decode: Decode, more: Sequence[Key] = (), *, at_once: bool = False
+    ) -> list[Piece]:
+        """The pieces of `keys`: held ones, those that other threads are decoding, and the rest by `decode`: one by one,
+        so that threads which need the same ones share the work, or all `at_once`.
 
-        `more` are pieces to decode along with the missing ones, where they are expected and missing too.
+        `more` are pieces to decode along with missing ones, where they are expected and missing too.
         Raises what `decode` raised, in every thread that needs one of its pieces.
         """
         while self._gone:
             self.forget(self._gone.popleft())
-        with self._lock:
-            mine = [key for key in keys if key not in self._held]
-            if mine:
-                mine += [key for key in more if key in self._expected and key not in self._held]
-            for key in mine:
-                self._held[key] = Future()
-            for key in keys:
-                self._held.move_to_end(key)
-            waiting = [self._held[key] for key in keys]
-            claimed = {key: self._held[key] for key in mine}
-        if mine:
-            self._decode(claimed, decode)
-        return [future.result() for future in waiting]
+        found: dict[Key, Future[Piece]] = {}
+        while len(found) < len(keys):
+            with self._lock:
+                for key in keys:
+                    if key not in found and key in self._held:
+                        self._held.move_to_end(key)
+                        found[key] = self._held[key]
+                missing = [key for key in keys if key not in found]
+                if at_once and missing:
+                    missing += [key for key in more if key in self._expected and key not in self._held]
+                claimed = {key: Future[Piece]() for key in (missing if at_once else missing[:1])}
+                self._held.update(claimed)
+            found.update((key, future) for key, future in claimed.items() if key in keys)
+            if claimed:
+                self._decode(claimed, decode)
+        return [found[key].result() for key in keys]
 
     def _decode(self, claimed: dict[Key, Future[Piece]], decode: Decode) -> None:
         try:

@@ -218,7 +218,7 @@ class Reader:
         keys = self.pieces(bands, window, level, judged)
         found: list[Piece] = []
         try:
-            found = STORE.fetch(keys, self._decode, self._along(keys))
+            found = STORE.fetch(keys, self._decode, self._along(keys), at_once=self._is_remote)
         except SceneError:  # of a piece; the window may be whole, or else is what the message has to name
             pass
         finally:
