@@ -147,7 +147,8 @@ def write_tokenizer(corpus: Path, folder: Path, size: int) -> None:
     )
     said = Corpus(corpus)
     made.train_from_iterator((turn["value"] for k in range(len(said)) for turn in said[k].turns), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, pad_token=end).save_pretrained(folder)
+    wrap: Any = PreTrainedTokenizerFast  # without annotations
+    wrap(tokenizer_object=made, eos_token=end, pad_token=end).save_pretrained(folder)
 
 
 def encoder(arm: Arm, out: Path) -> Path:
