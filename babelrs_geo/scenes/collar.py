@@ -119,7 +119,8 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
                 min(rb * cell, height) - ra * cell,
             )
             light = ~read_black(window, (rb - ra, cb - ca))
-            state[r0:r1, c0:c1] = ~_dilated(light, solid)[r0 - ra : r1 - ra, c0 - ca : c1 - ca]
+            if not light.all():  # else nothing is black, as it was
+                state[r0:r1, c0:c1] = ~_dilated(light, solid)[r0 - ra : r1 - ra, c0 - ca : c1 - ca]
         if not (state[r0:r1, c0:c1] == _BLACK).any():
             continue  # most scenes have no collar, and never need the kernel
         up, low, left, right = _grow(state, r0, r1, c0, c1)
@@ -133,7 +134,8 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
     packed = []
     for r0 in range(0, rows, block):
         first = max(r0 - reach, 0)
-        near = _dilated(state[first : r0 + block + reach] == _FLOODED, reach)
+        flooded = state[first : r0 + block + reach] == _FLOODED
+        near = _dilated(flooded, reach) if flooded.any() else flooded
         packed.append(np.packbits(near[r0 - first : r0 - first + block], axis=1).tobytes())
     return Collar(cell, (rows, columns), tolerance, zlib.compress(b"".join(packed), 1))
 
