@@ -7,7 +7,6 @@ once. They are for processes that this library starts itself.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Mapping
@@ -28,6 +27,8 @@ def keep() -> bool:
     chosen = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     if not sys.platform.startswith("linux") or chosen:
         return False
+    import ctypes  # here, for other verbs start without it
+
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False

@@ -163,9 +163,8 @@ def memory(folder: Path, rounds: int) -> Iterator[Line]:
     for _ in range(rounds):
         for side, path in paths.items():
             cells[side].append(cell([sys.executable, __file__, str(path), "--measure", "memory"]))
-    small = [each["memory"] for each in cells[10_000]]
     for side in paths:
-        ratio = statistics.median(a["memory"] / b for a, b in zip(cells[side], small, strict=True))
+        ratio = over(cells[side], cells[10_000], "memory")
         yield f"peak memory, {side:,} px", "memory", cells[side], "10,000 px", ratio
 
 
@@ -216,9 +215,9 @@ def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return told
 
 
-def over(told: Sequence[Cells], base: Sequence[Cells]) -> float:
-    """The median ratio of seconds."""
-    return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(told, base, strict=True))
+def over(told: Sequence[Cells], base: Sequence[Cells], unit: str = "seconds") -> float:
+    """The median ratio of the rounds."""
+    return statistics.median(a[unit] / b[unit] for a, b in zip(told, base, strict=True))
 
 
 def whole(path: Path, weights: Any, batch: int = 4) -> Callable[[], None]:
@@ -289,46 +288,35 @@ def kept(folder: Path, rounds: int) -> Iterator[Line]:
             told[way].append(cell([sys.executable, __file__, path, "--measure", way]))
     for way, cells in told.items():
         what, _, batch = way.partition("-")
-        ratio = over(cells, told["given back-4"])
-        yield f"12 tiles by {batch}, memory {what}", "seconds", cells, "by 4, given back", ratio
-        yield (
-            f"12 tiles by {batch}, memory {what}",
-            "memory",
-            cells,
-            "by 4, given back",
-            statistics.median(
-                a["memory"] / b["memory"] for a, b in zip(cells, told["given back-4"], strict=True)
-            ),
-        )
+        for unit in ("seconds", "memory"):
+            ratio = over(cells, told["given back-4"], unit)
+            yield f"12 tiles by {batch}, memory {what}", unit, cells, "by 4, given back", ratio
 
 
-class Brightest:
+def brightest() -> Callable[[NDArray[np.float32]], list[Any]]:
     """Two convolutions, and the 25 highest places of their map as boxes."""
+    import torch
 
-    def __init__(self) -> None:
-        import torch
-        from torch import nn
+    from babelrs_geo.detections import Detections
 
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 8, 8), torch.nn.ReLU(), torch.nn.Conv2d(16, 1, 3, padding=1)
+    )
 
-    def __call__(self, images: NDArray[Any]) -> list[Any]:
-        """Images (B, 3, h, w) in [0, 1] to `Detections`."""
-        import torch
-
-        from babelrs_geo.detections import Detections
-
-        batch, wide = torch.from_numpy(images), images.shape[3] // 8
-        with torch.inference_mode():
-            scores = self.net(batch).flatten(1).sigmoid()
-            value, place = scores.topk(25)
-        y, x = 8.0 * (place // wide) + 4, 8.0 * (place % wide) + 4
+    @torch.inference_mode()
+    def find(images: NDArray[np.float32]) -> list[Detections]:
+        scores = net(torch.from_numpy(images)).flatten(1).sigmoid()
+        value, place = scores.topk(25)
+        y, x = (8.0 * part + 4 for part in (place // (images.shape[3] // 8), place % (images.shape[3] // 8)))
         boxes = torch.stack([x, y, torch.full_like(x, 20), torch.full_like(x, 12), torch.zeros_like(x)], -1)
         labels = np.zeros(25, np.int64)
         return [
             Detections(b, v, labels, ("ship",), False)
             for b, v in zip(boxes.numpy(), value.numpy(), strict=True)
         ]
+
+    return find
 
 
 def small(folder: Path, rounds: int) -> Iterator[Line]:
@@ -339,7 +327,7 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
     from babelrs_geo.scenes import open_scene
 
     torch.set_num_threads(1)
-    path, find = ready(folder, *SCENES["small"][0]), Brightest()
+    path, find = ready(folder, *SCENES["small"][0]), brightest()
     with open_scene(path, "rgb") as scene:
         batches = batches_of(look_at(scene))
 

@@ -105,6 +105,17 @@ def _kernel(radiometry: Radiometry, dtype: str, wanted: str) -> Kernel | None:
     return None
 
 
+def _as_they_are(
+    raw: NDArray[Any], valid: NDArray[np.bool_], masked: bool, place: tuple[int, ...], out: Shown
+) -> None:
+    """Bytes, copied."""
+    top, left, row, column, high, wide = place
+    here = out[:, row : row + high, column : column + wide]
+    here[:] = raw[:, top : top + high, left : left + wide]
+    if masked:
+        here[:, ~valid[top : top + high, left : left + wide]] = 0
+
+
 def _with(kernel: Callable[..., None], *more: Any) -> Kernel:
     def call(*given: Any) -> None:
         kernel(*given, *more)
@@ -120,19 +131,7 @@ def _finish(y, valid, place, out):  # type: ignore[no-untyped-def]  # numba infe
     for b in range(out.shape[0]):
         here = out[b, row + y, column : column + wide]
         for x in range(wide):
-            here[x] = here[x] if seen[x] else out.dtype.type(0)
-
-
-@_vectorised
-def _as_they_are(raw, valid, masked, place, out):  # type: ignore[no-untyped-def]
-    top, left, row, column, high, wide = place
-    for y in range(high):
-        for b in range(out.shape[0]):
-            there, here = raw[b, top + y, left : left + wide], out[b, row + y, column : column + wide]
-            for x in range(wide):
-                here[x] = there[x]
-        if masked:
-            _finish(y, valid, place, out)
+            here[x] = here[x] if seen[x] else np.float32(0.0)
 
 
 @_vectorised
