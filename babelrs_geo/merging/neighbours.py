@@ -84,26 +84,28 @@ def _half_bounds(boxes, k, turn):  # type: ignore[no-untyped-def]
 def _arrange(boxes, labels, classes, turn, origin, cells):  # type: ignore[no-untyped-def]
     """Of `Grids`: rows, starts, columns, and the positions of the boxes. `turn` is cosine and sine, or empty."""
     n, levels = len(boxes), len(cells)
-    grid, row, column = np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.int32)
+    level, row, column = np.empty(n, np.int16), np.empty(n, np.int32), np.empty(n, np.int32)
     rows = np.zeros(classes * levels + 1, np.int64)
     widest = 0
     for k in range(n):
         ex, ey = _half_bounds(boxes, k, turn)
-        level = 0
-        while cells[level] < 2 * max(ex, ey) * (1 + HAIR):
-            level += 1
-        grid[k] = labels[k] * levels + level
-        column[k] = int((boxes[k, 0] - origin[0]) / cells[level])
-        row[k] = int((boxes[k, 1] - origin[1]) / cells[level])
-        rows[grid[k] + 1] = max(rows[grid[k] + 1], row[k] + 1)
+        fits = 0
+        while cells[fits] < 2 * max(ex, ey) * (1 + HAIR):
+            fits += 1
+        level[k] = fits
+        column[k] = int((boxes[k, 0] - origin[0]) / cells[fits])
+        row[k] = int((boxes[k, 1] - origin[1]) / cells[fits])
+        grid = labels[k] * levels + fits
+        rows[grid + 1] = max(rows[grid + 1], row[k] + 1)
         widest = max(widest, column[k] + 1)
     for g in range(classes * levels):
         rows[g + 1] += rows[g]
     # counting sorts: by column, then by row of grid, which keeps the columns in order
     at, starts = np.zeros(widest + 2, np.int64), np.zeros(rows[-1] + 2, np.int64)
     for k in range(n):
+        row[k] += rows[labels[k] * levels + level[k]]
         at[column[k] + 2] += 1
-        starts[rows[grid[k]] + row[k] + 2] += 1
+        starts[row[k] + 2] += 1
     for c in range(widest):
         at[c + 1] += at[c]
     for r in range(rows[-1]):
@@ -112,12 +114,14 @@ def _arrange(boxes, labels, classes, turn, origin, cells):  # type: ignore[no-un
     for k in range(n):
         by_column[at[column[k] + 1]] = k
         at[column[k] + 1] += 1
-    which, columns = np.empty(n, np.int32), np.empty(n, np.int32)
+    which = np.empty(n, np.int32)
     for m in range(n):
         k = by_column[m]
-        line = rows[grid[k]] + row[k] + 1
-        which[starts[line]], columns[starts[line]] = k, column[k]
-        starts[line] += 1
+        which[starts[row[k] + 1]] = k
+        starts[row[k] + 1] += 1
+    columns = by_column  # its memory again: of a million boxes all of this counts
+    for place in range(n):
+        columns[place] = column[which[place]]
     return rows, starts[:-1], columns, which
 
 
@@ -178,10 +182,12 @@ def _longer(array):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _sweep(grids, classes, iou, containment, limit):  # type: ignore[no-untyped-def]
-    """All pairs that are the same by `iou` and `containment`, and whether they were at most `limit`."""
+def _sweep(grids, classes, iou, containment, limit, valued):  # type: ignore[no-untyped-def]
+    """All pairs that are the same by `iou` and `containment`, their IoU where `valued`, and whether they were at most
+    `limit`.
+    """
     table, column, starts = grids.table, grids.columns, grids.starts
-    i, j, value = np.empty(64, np.int32), np.empty(64, np.int32), np.empty(64)
+    i, j, value = np.empty(64, np.int32), np.empty(64, np.int32), np.empty(64 * valued)
     n = 0
     work, p, q = np.empty((4, 16)), np.empty((1, 7)), np.empty((1, 7))
     for a in range(classes * grids.levels):
@@ -230,7 +236,8 @@ def _sweep(grids, classes, iou, containment, limit):  # type: ignore[no-untyped-
                                     if n == len(i):
                                         i, j, value = _longer(i), _longer(j), _longer(value)
                                     i[n], j[n] = grids.names[better], grids.names[worse]
-                                    value[n] = shared / (area + other - shared)
+                                    if valued:
+                                        value[n] = shared / (area + other - shared)
                                     n += 1
                             m += 1
     return i[:n], j[:n], value[:n], True
@@ -242,29 +249,34 @@ def lying_together(boxes: Floats, labels: Ints, iou: float) -> Pairs | None:
         return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     classes = int(labels.max()) + 1
     i, j, value, complete = _sweep(
-        arrange(boxes, labels, classes), classes, float(iou), 1.0, CROWDED * len(boxes)
+        arrange(boxes, labels, classes), classes, float(iou), 1.0, CROWDED * len(boxes), True
     )
     return Pairs(i.astype(np.int64), j.astype(np.int64), value) if complete else None
 
 
-def keep(boxes: Floats, labels: Ints, ranked: Ints, iou: float, containment: float) -> Ints:
+def keep(boxes: Floats, labels: Ints, rank: NDArray[np.int32], iou: float, containment: float) -> Ints:
     """Positions of the boxes (N, 5) that stay, best first: exact greedy suppression in each class.
 
-    `ranked` (N,) are the positions of all boxes, best first.
+    `rank` (N,) says how many boxes are better than each.
     """
     gone = np.zeros(len(boxes), np.bool_)
     if len(boxes):
         classes = int(labels.max()) + 1
-        rank = np.empty(len(boxes), np.int32)
-        rank[ranked] = np.arange(len(boxes), dtype=np.int32)
         grids = arrange(boxes, labels, classes, rank)
-        i, j, _, complete = _sweep(grids, classes, float(iou), float(containment), CROWDED * len(boxes))
+        limit = CROWDED * len(boxes)
+        i, j, _, complete = _sweep(grids, classes, float(iou), float(containment), limit, False)
         if complete:
-            del grids, rank
+            del grids
             _settle(i, j, gone)
         else:
-            _suppress(grids, labels[ranked], float(iou), float(containment), gone)
-    return ranked[~gone]
+            _suppress(grids, labels[_inverse(rank)], float(iou), float(containment), gone)
+    return _inverse(rank)[~gone]
+
+
+def _inverse(rank: NDArray[np.int32]) -> Ints:
+    positions = np.empty(len(rank), np.int64)
+    positions[rank] = np.arange(len(rank))
+    return positions
 
 
 @compiled

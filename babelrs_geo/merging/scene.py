@@ -53,7 +53,9 @@ def nms(found: Detections, iou: float = 0.5) -> Ints:
     A detection goes if its IoU with a better one that stays is above `iou`. Ties in score go by the
     coordinates, so the order of the rows does not matter; of rows equal in everything the first stays.
     """
-    return keep(found.boxes, found.labels, order(found), iou, 1.0)
+    rank = np.empty(len(found), np.int32)
+    rank[order(found)] = np.arange(len(found), dtype=np.int32)
+    return keep(found.boxes, found.labels, rank, iou, 1.0)
 
 
 def merge(
@@ -160,8 +162,8 @@ def _beyond(found: Detections, reach: float, zoom: NDArray[np.float64]) -> NDArr
 
 
 def _kept(ranked: Detections, options: MergeOptions) -> Ints:
-    positions = np.arange(len(ranked))
-    return keep(ranked.boxes, ranked.labels, positions, options.iou, options.containment)
+    rank = np.arange(len(ranked), dtype=np.int32)
+    return keep(ranked.boxes, ranked.labels, rank, options.iou, options.containment)
 
 
 def _tiles(found: Detections, outers: ArrayLike, shape: tuple[int, int]) -> Ints:

@@ -74,8 +74,8 @@ def _matched(found: Detections, tiles: Ints, cut: NDArray[np.bool_], options: Me
     pairs = lying_together(grown, found.labels, least)
     if pairs is None:
         # boxes by the dozen on one another: what is the same anyway goes first
-        positions = np.arange(len(found))
-        kept = keep(found.boxes, found.labels, positions, options.iou, options.containment)
+        rank = np.arange(len(found), dtype=np.int32)
+        kept = keep(found.boxes, found.labels, rank, options.iou, options.containment)
         few = lying_together(grown[kept], found.labels[kept], least)
         pairs = few and Pairs(kept[few.i], kept[few.j], few.iou)
     if pairs is None:
