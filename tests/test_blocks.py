@@ -148,6 +148,25 @@ def test_each_block_is_decoded_once_in_memory_for_a_row(make_raster, monkeypatch
         assert most < 0.14 * side * side * 3  # a row of blocks is 1/12; the end, shifted back, needs no more
 
 
+def test_a_search_for_a_collar_decodes_no_block_twice(make_raster, monkeypatch):
+    side = 1536
+    monkeypatch.setattr(reader, "_PIECE", 128)
+    pixels = np.maximum(noise(side, side), 1)
+    pixels[:, :200] = 0
+    creation = {"tiled": True, "blockxsize": 128, "blockysize": 128, "interleave": "pixel"}
+    with open_scene(make_raster(pixels, colours=RGB, creation=creation)) as scene:
+        tiles = [tile.outer for tile in Grid(side, side, 160, 32)]
+        looked, decoded = [], STORE.decoded
+        monkeypatch.setattr(scene._reader, "look", lambda *args, **_: looked.append(args))
+        with scene.expecting(tiles):
+            valid = [scene.read(tile).valid.sum() for tile in tiles]
+        assert not looked
+        alone = 1  # the first tile had let go of what no other needs when it saw black
+        assert STORE.decoded - decoded == (side // 128) ** 2 + alone
+        assert STORE._bytes == 0
+        assert sum(valid) == sum(max(y + h - max(y, 200), 0) * w for _, y, w, h in tiles)
+
+
 def test_wide_scenes_in_strips_decode_few_blocks_twice(make_raster, small_pieces, monkeypatch):
     wide, high, block = 16 * 90, 160, 16
     monkeypatch.setattr(reader, "_ROW", 16 * 3 * 16 * 25)  # a strip of 25 blocks

@@ -28,7 +28,7 @@ from babelrs_geo.kernels import compiled
 LATTICE = 8192  # cells a side at most
 SMEAR = 8  # pixels a lossy block reaches, and the 8-bit values it smears black to
 _BLOCK = 508  # pixels a side that are read at once, with their margin no more than one block of most files, or 32 cells
-_BLACK, _FLOODED = 1, 2  # solid black that is not reached yet, and reached; 0 is all else
+_BLACK, _FLOODED, _NEAR = 1, 2, 4  # solid black not reached yet, or reached; within reach of the latter
 
 ReadBlack = Callable[[tuple[int, int, int, int], tuple[int, int]], NDArray[np.bool_]]
 
@@ -98,7 +98,7 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
     border = {
         (r, c) for r in range(down) for c in range(across) if r in (0, down - 1) or c in (0, across - 1)
     }
-    queue, queued, seen = sorted(border), set(border), set()
+    queue, queued, seen, wet = sorted(border), set(border), set(), set()
     while queue:  # row-major, so that GDAL's cache serves files stored in strips
         r, c = heapq.heappop(queue)
         queued.discard((r, c))
@@ -123,21 +123,33 @@ def find(width: int, height: int, tolerance: int, read_black: ReadBlack) -> Coll
                 state[r0:r1, c0:c1] = ~_dilated(light, solid)[r0 - ra : r1 - ra, c0 - ca : c1 - ca]
         if not (state[r0:r1, c0:c1] == _BLACK).any():
             continue  # most scenes have no collar, and never need the kernel
+        wet.add((r, c))
         up, low, left, right = _grow(state, r0, r1, c0, c1)
         for ok, place in ((up, (r - 1, c)), (low, (r + 1, c)), (left, (r, c - 1)), (right, (r, c + 1))):
             if ok and place not in queued and 0 <= place[0] < down and 0 <= place[1] < across:
                 heapq.heappush(queue, place)
                 queued.add(place)
-    if state.max() < _FLOODED:
-        return Collar(cell, (rows, columns), tolerance, b"")
     reach = solid + (-(-SMEAR // cell) if tolerance else int(cell > 1))
-    packed = []
-    for r0 in range(0, rows, block):
-        first = max(r0 - reach, 0)
-        flooded = state[first : r0 + block + reach] == _FLOODED
-        near = _dilated(flooded, reach) if flooded.any() else flooded
-        packed.append(np.packbits(near[r0 - first : r0 - first + block], axis=1).tobytes())
+    found = False
+    for r, c in wet:
+        part = state[_around(r, block, reach), _around(c, block, reach)]
+        flooded = (part & _FLOODED) > 0
+        if flooded.any():
+            found = True
+            part[_dilated(flooded, reach)] |= _NEAR
+    if not found:
+        return Collar(cell, (rows, columns), tolerance, b"")
+    packed, none = [], np.zeros((1, -(-columns // 8)), np.uint8).tobytes()
+    near = {r + step for r, _ in wet for step in (-1, 0, 1)}
+    for r in range(down):
+        lines = state[r * block : (r + 1) * block]
+        packed.append(np.packbits(lines & _NEAR, axis=1).tobytes() if r in near else none * len(lines))
     return Collar(cell, (rows, columns), tolerance, zlib.compress(b"".join(packed), 1))
+
+
+def _around(number: int, block: int, margin: int) -> slice:
+    """The cells of a row or column of blocks, with a margin."""
+    return slice(max(number * block - margin, 0), (number + 1) * block + margin)
 
 
 def _dilated(mask: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:

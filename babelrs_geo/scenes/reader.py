@@ -213,8 +213,12 @@ class Reader:
         window: tuple[int, int, int, int],
         level: int | None = None,
         judged: tuple[int, ...] | None = None,
+        *,
+        announced: bool = True,
     ) -> Mosaic:
-        """What `read` gives, as the parts of pieces that the window lies on."""
+        """What `read` gives, as the parts of pieces that the window lies on. A read that is none of those that were
+        `announced` takes nothing from them.
+        """
         keys = self.pieces(bands, window, level, judged)
         found: list[Piece] = []
         try:
@@ -222,7 +226,8 @@ class Reader:
         except SceneError:  # of a piece; the window may be whole, or else is what the message has to name
             pass
         finally:
-            STORE.had(keys)
+            if announced:
+                STORE.had(keys)
         x, y, w, h = window
         if not found:
             whole = Piece(*self._raw(bands, window, level, None, judged))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from babelrs_geo.errors import ParameterError, SensorError
 from babelrs_geo.georef import Georef
 from babelrs_geo.scenes.acquired import acquired
-from babelrs_geo.scenes.blocks import STORE, Mosaic
-from babelrs_geo.scenes.collar import SMEAR, Collar, find
+from babelrs_geo.scenes.blocks import STORE
+from babelrs_geo.scenes.border import Border
 from babelrs_geo.scenes.develop import Shown, develop, develop_mosaic
 from babelrs_geo.scenes.facts import Facts
 from babelrs_geo.scenes.memory import MEMORY
@@ -128,7 +128,7 @@ class Scene:
         else:
             self.sensor, self.sensor_reason = Sensor.parse(sensor), "as asked"
         self._bands = self._choose_bands()
-        self._collar: Collar | None = None
+        self._border = Border(self._reader, self._bands)
         self._share: float | None = None
         self._lock = threading.RLock()
         if self.options.radiometry is None:
@@ -205,7 +205,8 @@ class Scene:
             out = MEMORY.empty((3, window[3], window[2]), np.float32)
         if source is None:
             mosaic = self._reader.mosaic(self._bands, window)
-            if self._is_bare(window, mosaic) and develop_mosaic(self.radiometry, mosaic, out):
+            bare = not self.options.collar or self._border.is_beyond(window, mosaic)
+            if bare and develop_mosaic(self.radiometry, mosaic, out):
                 return Pixels(out, mosaic.valid())
             raw, valid = self._uncollared(*mosaic.whole(), *_lattice(window))
         else:
@@ -274,7 +275,7 @@ class Scene:
     def find_collar(self) -> None:
         """Look for the collar now, where it is asked for, so that copies sent to other processes know it."""
         if self.options.collar:
-            self._found_collar()
+            self._border.collar()
 
     @property
     def facts(self) -> Facts:
@@ -417,41 +418,9 @@ class Scene:
         """The same, collar not valid; complex numbers as magnitudes. Rows (h,), columns (w,): places in the
         scene.
         """
-        raw = magnitude(raw)
         if self.options.collar and valid.any():
-            dark: NDArray[Any] = raw if raw.dtype.kind == "u" else np.abs(raw)
-            if self._collar is None and dark.max(axis=0).min() > self._black:
-                return raw, valid  # most scenes have no black pixel: nothing is searched until one turns up
-            collar = self._found_collar()
-            near = collar.covers(rows, columns)
-            if near is not None:
-                valid &= ~(near & (dark <= collar.tolerance).all(axis=0))
-        return raw, valid
-
-    def _is_bare(self, window: Window, mosaic: Mosaic) -> bool:
-        """True where no pixel of the window can be of the collar, from facts of its pieces alone."""
-        if not self.options.collar:
-            return True
-        if self._collar is None:
-            return all(patch.piece.darkest > self._black for patch in mosaic.patches)
-        return not self._collar.meets(window)
-
-    @property
-    def _black(self) -> int:
-        """The largest number that is black: above 0 where lossy compression smears it."""
-        facts = self._reader.facts
-        return SMEAR if facts.lossy and self.dtype == "uint8" and self.georef.kind != "none" else 0
-
-    def _found_collar(self) -> Collar:
-        with self._lock:
-            if self._collar is None:
-
-                def black(window: Window, shape: tuple[int, int]) -> NDArray[np.bool_]:
-                    raw, valid = self._reader.look(self._bands, window, shape=shape)
-                    return ~valid | (raw == 0).all(axis=0)
-
-                self._collar = find(self.width, self.height, self._black, black)
-            return self._collar
+            return self._border.without(raw, valid, rows, columns)
+        return magnitude(raw), valid
 
     def _finer(self, rows: int, columns: int) -> int | None:
         """The overview level that is just finer than the scene at `rows` by `columns`; None for the scene itself."""

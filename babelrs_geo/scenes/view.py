@@ -117,6 +117,6 @@ def _validity(scene: Scene) -> str:
     sources = ["a mask or alpha band"] if facts.masked else []
     if scene.nodata is not None:
         sources.append(f"nodata {scene.nodata:g}")
-    if scene.options.collar and scene.nodata != 0 and scene._found_collar().packed:
+    if scene.options.collar and scene.nodata != 0 and scene._border.collar().packed:
         sources.append("a black collar" if sources else "a black collar, not declared")
     return f"{100 * scene.valid_share:.1f} % valid" + (f" ({', '.join(sources)})" if sources else "")
