@@ -11,25 +11,32 @@ import os
 import sys
 from collections.abc import Mapping
 
-ENVIRONMENT: Mapping[str, str] = {
+_SETTINGS: Mapping[str, str] = {
     "MALLOC_MMAP_MAX_": "0",  # no array by itself
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),  # bytes that are kept
     "MALLOC_ARENA_MAX": "1",  # memory of threads by themselves goes back whatever the threshold is
 }
-"""What a process that is started with it keeps."""
 _OPTIONS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_MAX_": -4, "MALLOC_ARENA_MAX": -8}  # of malloc.h
 
 
-def keep() -> bool:
-    """Keep memory in this process, from now on; before its threads begin. False, and nothing done, where the user has
-    settings of their own in the environment, or another C library is here.
+def environment() -> dict[str, str]:
+    """What a process keeps memory by that is started with it; nothing where the user has settings of their own in the
+    environment.
     """
-    chosen = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
-    if not sys.platform.startswith("linux") or chosen:
+    own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    return {} if own else dict(_SETTINGS)
+
+
+def keep() -> bool:
+    """Keep memory in this process, from now on; before its threads begin. False, and nothing done, where `environment`
+    has nothing, or another C library is here.
+    """
+    settings = environment()
+    if not sys.platform.startswith("linux") or not settings:
         return False
     import ctypes  # here, for other verbs start without it
 
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    return all(library.mallopt(option, int(ENVIRONMENT[name])) for name, option in _OPTIONS.items())
+    return all(library.mallopt(option, int(settings[name])) for name, option in _OPTIONS.items())

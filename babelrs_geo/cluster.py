@@ -128,7 +128,7 @@ def _client(workers: Workers, stack: ExitStack) -> Any:
             ) from error
         return stack.enter_context(theirs)
     # distributed makes its workers give every large array back to the kernel at once, and the pages are asked for anew
-    environ = dask.config.get("distributed.nanny.pre-spawn-environ") | allocation.ENVIRONMENT
+    environ = dask.config.get("distributed.nanny.pre-spawn-environ") | allocation.environment()
     stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environ}))
     cluster = stack.enter_context(
         LocalCluster(

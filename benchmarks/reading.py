@@ -172,7 +172,7 @@ def every_tile(path: str, sensor: str, threads: int, *, to_gpu: bool = False) ->
         grid = Grid(scene.width, scene.height, TILE, TILE - STEP)
         tiles = [grid[i].outer for i in grid.order(scene.strip(), paired=scene.is_tiled)]
 
-        plain = to_gpu and scene.radiometry.is_exact and scene.dtype == "uint8"
+        plain = to_gpu and scene.holds_bytes
         shown = np.uint8 if plain else np.float32
 
         def look(tile: Rect) -> None:

@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
+from hypothesis import settings
 from numpy.typing import NDArray
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import Affine, from_origin
+
+# First calls load compiled kernels, and machines are shared: no example is too slow.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 # A shell's background jobs are born deaf to Ctrl-C; tests of interrupts, and the programs they start, must hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -44,12 +44,14 @@ def _faults(what: str, **environment: str) -> list[str]:
 def test_memory_of_large_arrays_is_used_again() -> None:
     (without,) = _faults("not")
     done, kept = _faults("keep")
-    (started_with,) = _faults("not", **allocation.ENVIRONMENT)
+    (started_with,) = _faults("not", **allocation.environment())
     assert done == "True"
     assert int(kept) < 100 and int(started_with) < 100
     assert int(without) > 10 * max(int(kept), int(started_with), 1)  # 48 pages of 2 MB at least
 
 
-def test_settings_of_the_user_win() -> None:
+def test_settings_of_the_user_win(monkeypatch: pytest.MonkeyPatch) -> None:
     done, _ = _faults("keep", MALLOC_ARENA_MAX="2")
     assert done == "False"
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert not allocation.environment()  # for workers and archive cells, too

@@ -168,7 +168,7 @@ def plain_best(frame: gpd.GeoDataFrame) -> list[int]:
     return sorted(kept)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(overlapping())
 def test_of_doubles_across_scenes_the_best_stays_as_in_a_plain_reference(frame):
     assert np.flatnonzero(best_of_doubles(frame)).tolist() == plain_best(frame)

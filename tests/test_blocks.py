@@ -78,7 +78,7 @@ def test_the_last_two_rows_are_walked_together(strip):
     assert list(Grid(1000, 90, 100, 20).order(strip, paired=True)) == list(range(grid.columns))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     layout=st.sampled_from(sorted(LAYOUTS)),
     size=st.tuples(st.integers(20, 140), st.integers(20, 140)),
@@ -341,7 +341,7 @@ KINDS = [
 ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from(["uint8", "uint16", "int16", "float32", "float64", "int32"]),
@@ -380,7 +380,7 @@ def test_one_pass_gives_the_bits_of_the_radiometry(kind, dtype, scaled, plane, s
             assert out[:, :7, :8].tobytes() == wanted.tobytes()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(bands=st.sampled_from([1, 3]), masked=st.booleans(), seed=st.integers(0, 999))
 def test_bytes_stay_bytes_where_they_are_asked_for(bands, masked, seed):
     sensor = Sensor.RGB if bands == 3 else Sensor.SAR

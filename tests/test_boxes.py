@@ -45,7 +45,7 @@ pairs = st.tuples(
 
 
 @given(pairs)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_iou_equals_shapely_on_random_pairs(drawn):
     seed, place, thin = drawn
     a, b = random_boxes(seed, 100, place, thin), random_boxes(seed + 1, 100, place, thin)
@@ -53,7 +53,7 @@ def test_iou_equals_shapely_on_random_pairs(drawn):
 
 
 @given(pairs, st.sampled_from([0.0, 1e-9, 1e-7, 1e-6, 1e-5]), st.sampled_from([0, 180, -180, 360, 540]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_iou_of_coincident_and_almost_coincident_boxes(drawn, move, turn):
     seed, place, thin = drawn
     a = random_boxes(seed, 100, place, max(thin, 0.5))
@@ -69,7 +69,7 @@ def test_iou_of_coincident_and_almost_coincident_boxes(drawn, move, turn):
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_iou_of_touching_boxes_and_slivers(seed):
     a = random_boxes(seed, 60, 1e4)
     cos, sin = np.cos(np.deg2rad(a[:, 4])), np.sin(np.deg2rad(a[:, 4]))
@@ -123,7 +123,7 @@ def test_a_positive_angle_turns_the_width_up_the_screen():
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e5]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_conversions_come_back(seed, place):
     a = random_boxes(seed, 50, place)
     corner = boxes.corners(a)

@@ -33,7 +33,7 @@ from babelrs_geo.scenes import SceneOptions, open_scene
 from babelrs_geo.vectors import read_labels as read_label_file
 
 SMALL = ChipOptions(size=64, overlap=16, block=2, split=(1, 0, 0))
-FEW = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def speckle(height: int, width: int, bands: int = 1, dtype: str = "uint8", seed: int = 0) -> np.ndarray:

@@ -45,7 +45,7 @@ def furthest_corner(a: Tensor, b: Tensor) -> float:
     return max(between.amin(0).max().item(), between.amin(1).max().item())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(oriented, st.tuples(*[st.floats(-3, 3)] * 4))
 @example((100.0, 100.0, 100.0, 6.0, 0.002), (0.0, 0.0, 0.0, 0.0))
 def test_midpoint_offsets_come_back_within_a_fifth_of_a_pixel(
@@ -64,7 +64,7 @@ def test_the_published_vertex_rule_loses_the_width_of_long_upright_boxes() -> No
     assert coder.decode(outer(boxes), coder.encode(outer(boxes), boxes))[0, 3] < 0.1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(oriented, st.floats(-1.5, 1.5))
 def test_rotated_deltas_come_back_exactly(box: tuple[float, ...], turn: float) -> None:
     boxes = le90(box)
@@ -76,7 +76,7 @@ def test_rotated_deltas_come_back_exactly(box: tuple[float, ...], turn: float) -
     assert (back[0, 2] >= back[0, 3]) and -math.pi / 2 <= back[0, 4] < math.pi / 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(oriented)
 def test_corners_give_the_rectangle_back(box: tuple[float, ...]) -> None:
     boxes = le90(box)

@@ -81,7 +81,7 @@ def test_where_nothing_matches_no_shift_is_told(tmp_path):
     assert "no shift can be told" in shifts[0].sentence()
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pixel=st.sampled_from([2.5, 5.0, 10.0, 17.0, 30.0]),
     x=st.floats(-40, 40),

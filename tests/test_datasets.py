@@ -82,7 +82,7 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
         read_split(tmp_path, "rgb", "train", RGB)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 10_000),
     st.sampled_from(["sar", "rgb"]),
@@ -132,7 +132,7 @@ def test_a_crop_at_a_border_is_the_crop_with_a_part_blank(tmp_path: Path) -> Non
     assert max(shares) > 0.5 and len(set(shares)) > 10
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_beyond_a_seam_is_another_image(seed: int) -> None:
     """One straight edge from side to side; what shows on either side is labelled as that image's."""

@@ -36,7 +36,7 @@ PACKAGE = Path(bg.__file__).parent
 SMALL = bg.DetectOptions(tile=48, overlap=16)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     pictures(),
     st.sampled_from([{}, {"tiled": True, "blockxsize": 16, "blockysize": 16}, {"compress": "deflate"}]),

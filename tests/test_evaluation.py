@@ -352,7 +352,7 @@ def test_geojson_results_are_read_too(tmp_path):
 
 @pytest.mark.parametrize("name", ["utm", "degrees"])
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_hits_on_the_ground_are_the_hits_in_pixels(name, seed):
     r = np.random.default_rng(seed)
     truth = objects(seed)

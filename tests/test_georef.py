@@ -82,7 +82,7 @@ def test_affine_is_the_identity_there_and_back(size, ratio, turn, shear, corner,
     )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_control_points_are_the_identity_there_and_back(seed):
     rng = np.random.default_rng(seed)

@@ -81,7 +81,7 @@ def nothing(images):
     return [Detections.empty(("ship",), False) for _ in images]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pictures(), st.integers(1, 5), st.integers(1, 3))
 def test_every_object_no_larger_than_the_overlap_is_reported_once(picture, batch, readers):
     width, height, tile, overlap, ships = picture
@@ -137,7 +137,7 @@ def test_several_detectors_compute_batches_in_turn_and_the_order_they_finish_in_
     assert turns.count("slow") == -(-batches // 2) and turns.count("fast") == batches // 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pictures(), st.data())
 def test_every_tile_is_accounted_for_once_and_the_inners_partition_the_scene(picture, data):
     width, height, tile, overlap, ships = picture
@@ -252,7 +252,7 @@ def test_boxes_come_back_in_scene_pixels_at_any_scale(scale):
     assert coverage.inners[:, 2:].prod(1).sum() == 100 * 100
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(pictures(), st.floats(0.2, 3.0))
 def test_inners_partition_the_scene_at_any_scale(picture, scale):
     width, height, tile, overlap, _ = picture

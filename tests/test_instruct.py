@@ -159,7 +159,7 @@ def images(draw) -> LabelledImage:
 
 
 @given(images(), st.integers(0, 5), st.integers(1, 40), st.integers(2, 8))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_answers_are_what_the_labels_say(image, seed, per_image, most):
     options = InstructOptions(per_image=per_image, seed=seed, most_boxes=most)
     records = ask(image, Path("/data"), options)
@@ -173,7 +173,6 @@ def test_answers_are_what_the_labels_say(image, seed, per_image, most):
 
 
 @given(images())
-@settings(deadline=None)
 def test_boxes_come_back_from_text_within_a_thousandth(image):
     text = boxes_text(image.grid)
     assert re.fullmatch(r"<box>\[(\[\d+, \d+, \d+, \d+\](, )?)*\]</box>", text)
@@ -202,7 +201,7 @@ def test_a_phrase_of_the_reference_and_its_box():
 
 
 @given(images(), st.integers(0, 5), st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_task_asks_the_same_whichever_others_are_asked(image, seed, rng):
     every = ask(image, Path("/data"), InstructOptions(seed=seed, per_image=1000))
     some = rng.sample(list(TASKS), rng.randint(1, len(TASKS)))
@@ -339,7 +338,7 @@ PLACES = {
 
 
 @given(st.randoms(use_true_random=False), st.integers(0, 3))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_an_image_is_asked_the_same_whatever_comes_before_it(data, rng, seed):
     options = InstructOptions(seed=seed)
     all_of_them = frames(data, "rgb", "train")
@@ -377,7 +376,7 @@ def test_presence_and_absence_are_asked_for_equally_often(data):
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_weights_of_absence_are_positive_numbers_and_ask_as_often_as_there_is(rows):
     there = np.array(rows, bool).reshape(-1, 3)
     weights = absence_weights(there)
@@ -476,7 +475,7 @@ repeats = st.one_of(st.floats(0.01, 1), st.integers(1, 4))
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), repeats), min_size=1, max_size=4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_parts_are_repeated_as_the_original_does(tmp_path_factory, sizes):
     parts, expected = {}, []
     for k, (count, repeat) in enumerate(sizes):

@@ -26,7 +26,7 @@ def upright(rng: np.random.Generator, count: int, side: float = 64) -> np.ndarra
     return np.concatenate([corner, corner + rng.uniform(6, side * 0.5, (count, 2))], 1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seeds, st.integers(0, 5), st.integers(1, 9))
 def test_atss_equals_plain_loops(seed: int, objects: int, candidates: int) -> None:
     rng = np.random.default_rng(seed)
@@ -43,7 +43,7 @@ def test_atss_equals_plain_loops(seed: int, objects: int, candidates: int) -> No
     assert got.tolist() == model_reference.atss(anchors, counts, boxes, candidates)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seeds, st.integers(1, 4))
 def test_rpn_assignment_equals_plain_loops(seed: int, objects: int) -> None:
     rng = np.random.default_rng(seed)

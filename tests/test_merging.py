@@ -55,7 +55,7 @@ def same(a: Detections, b: Detections, tolerance: float = 0.0) -> bool:
     st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
     st.sampled_from([30.0, 2000.0]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_nms_equals_the_plain_one(seed, n, oriented, iou, extent):
     found = crowd(seed, n, oriented, extent)
     kept = nms(found, iou)
@@ -78,7 +78,7 @@ def test_nms_over_all_sizes_at_once():
 
 
 @given(seeds, st.booleans(), st.sampled_from([0.0, 0.4, 1.0]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_nms_where_boxes_lie_on_one_another_by_the_dozen(seed, oriented, iou):
     r = np.random.default_rng(seed)
     few = crowd(seed, 3, oriented)
@@ -177,7 +177,7 @@ def assert_each_once(merged: Detections, truth: Detections, agreement: float) ->
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_object_up_to_the_overlap_is_reported_once(seed, width, height, tile, share, oriented, shifted):
     overlap = max(4, int(tile * share))
     outers = (
@@ -195,7 +195,7 @@ def test_every_object_up_to_the_overlap_is_reported_once(seed, width, height, ti
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_joining_equals_the_plain_one(seed, oriented):
     r = np.random.default_rng(seed)
     outers = tiles_of(300, 200, 96, 24)
@@ -219,7 +219,7 @@ def test_joining_equals_the_plain_one(seed, oriented):
 
 
 @given(seeds, st.booleans(), st.floats(0, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_two_boxes_of_a_class_share_more_than_half_and_merging_again_changes_nothing(
     seed, oriented, jitter
 ):
@@ -240,7 +240,7 @@ def test_no_two_boxes_of_a_class_share_more_than_half_and_merging_again_changes_
 
 
 @given(seeds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_upright_objects_larger_than_the_overlap_become_one(seed):
     truth = objects(seed, 500, 400, 300, oriented=False, apart=0.0)
     found, tiles = oracle(truth, tiles_of(500, 400, 128, 32), seed)
@@ -320,7 +320,7 @@ def test_a_box_at_an_edge_moves_the_whole_one_by_what_it_shows():
 
 
 @given(seeds, st.integers(1, 60), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_boxes_merge(seed, n, oriented):
     """Identical, almost identical, half-turned, touching, sliver, empty and huge ones, in any tiles."""
     r = np.random.default_rng(seed)

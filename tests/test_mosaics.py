@@ -22,7 +22,7 @@ AS_IT_IS = SceneOptions(collar=False)
 GROUND = Assigned(crs="EPSG:32651", corner=(283_000.0, 1_615_000.0), gsd=0.5)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.integers(8, 60), st.integers(8, 60)), min_size=1, max_size=7),
     st.sampled_from(["sar", "rgb", "ir"]),

@@ -119,7 +119,7 @@ def test_a_batch_has_its_quota() -> None:
         QuotaBatches((3, 1, 2), rank=2, world=2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.tuples(*[st.integers(1, 9)] * 3), st.integers(1, 3), st.integers(0, 5), st.integers(0, 99))
 def test_processes_share_the_images_and_a_run_goes_on(
     sizes: tuple[int, int, int], world: int, start: int, seed: int

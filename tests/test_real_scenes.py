@@ -12,7 +12,7 @@ import pyproj
 import pytest
 import rasterio
 import shapely
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from shapely.geometry import shape
 
@@ -173,7 +173,6 @@ def test_wilson_interval():
 box = st.tuples(st.floats(0, 100), st.floats(0, 100), st.floats(1, 20), st.floats(1, 20), st.floats(-90, 90))
 
 
-@settings(deadline=None)  # the first example compiles the kernel
 @given(st.lists(box, max_size=8), st.lists(box, max_size=8), st.randoms(use_true_random=False))
 def test_scores_add_up_whatever_the_order(found, truth, random):
     held = marks.Marks(rows(*truth), NONE, AREA)

@@ -142,7 +142,7 @@ def test_files_that_are_no_recipes_are_told(tmp_path: Path) -> None:
         configuration(read("compact", ["model.architecture.neck=3"]).model)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 10**6), st.floats(1e-9, 1e3), st.booleans(), st.sampled_from(["32", "bf16", "16"]))
 def test_what_is_set_is_what_is_read(seed: int, clip: float, background: bool, precision: str) -> None:
     made: Recipe = from_plain(

@@ -31,7 +31,7 @@ def draws(sampler: QuotaSampler) -> list[list[Draw]]:
     return list(sampler)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(quotas, st.integers(0, 9), st.integers(1, 4), st.integers(0, 30))
 def test_batches_are_a_function_of_seed_step_and_rank(quota, seed, world, start):
     sizes = {"sar": 7, "rgb": 5, "ir": 3}
@@ -45,7 +45,7 @@ def test_batches_are_a_function_of_seed_step_and_rank(quota, seed, world, start)
             assert all(0 <= d.number < sizes[d.source] for d in batch)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(quotas, st.integers(0, 9), st.integers(1, 4))
 def test_ranks_share_each_permutation(quota, seed, world):
     sizes = {"sar": 12, "rgb": 12, "ir": 12}
@@ -181,7 +181,7 @@ def test_seeded_blocks_and_workers():
         assert both() != one
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.booleans(), st.booleans())
 def test_boxes_stay_on_their_pixels(seed, oriented, flip):
     image = torch.full((3, 200, 260), 0.2)
@@ -210,7 +210,7 @@ def test_boxes_stay_on_their_pixels(seed, oriented, flip):
         assert (found["boxes"][:, 4] == 0).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000))
 def test_co_registered_samples_are_seen_from_one_place(seed):
     image = torch.rand(3, 90, 100, generator=torch.Generator().manual_seed(1))
@@ -271,7 +271,7 @@ def test_speckle_and_polarity():
 boxes = st.tuples(st.floats(5, 95), st.floats(5, 95), st.floats(2, 60), st.floats(2, 60), st.floats(-90, 90))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(boxes, st.floats(0.3, 3), st.floats(0.3, 3))
 def test_axes_scaled_apart(box, sx, sy):
     found = scale_boxes([box], sx, sy)

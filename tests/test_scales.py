@@ -83,7 +83,7 @@ def towns(draw):
     return width, height, scale, objects
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(towns())
 def test_large_objects_are_reported_once_and_small_ones_as_without_coarser_scales(town):
     width, height, scale, objects = town
@@ -154,7 +154,7 @@ def test_who_wins_between_two_scales():
     assert whole([], [harbour]) == [harbour] and whole([part], []) == [part]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32))
 def test_neither_order_nor_a_second_scale_without_boxes_matters(seed):
     draw = np.random.default_rng(seed)
@@ -242,7 +242,7 @@ def test_classes_that_no_tile_cuts_are_not_looked_for_at_coarser_scales(tmp_path
         assert plan("ship", "vehicle").large == ("ship",) and len(plan("ship", "vehicle").coarser) == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(towns())
 def test_other_classes_are_as_without_coarser_scales(town):
     width, height, scale, objects = town

@@ -88,7 +88,7 @@ def mapped(tmp_path_factory):
     return open_scene(path, "sar"), SceneDataset([path], "sar")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(x=st.integers(-20, 85), y=st.integers(-20, 65), w=st.integers(1, 50), h=st.integers(1, 50))
 def test_a_query_on_the_grid_is_the_scenes_own_window(mapped, x, y, w, h):
     scene, dataset = mapped
@@ -106,7 +106,7 @@ def test_a_query_on_the_grid_is_the_scenes_own_window(mapped, x, y, w, h):
     assert sample["crs"] == UTM
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(x=st.floats(0, 50), y=st.floats(0, 30), step=st.sampled_from([5.0, 17.0, 20.0, 33.0]))
 def test_another_resolution_is_the_scenes_own_read_at_that_scale(mapped, x, y, step):
     scene, dataset = mapped

@@ -300,7 +300,7 @@ def test_thin_collars_count(make_raster, width):
     assert valid[width:].all()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.5, 0.65, 0.8, 0.95]))
 def test_the_flood_equals_a_plain_one(monkeypatch, seed, share):
     """Blocks, seams and snakes, against a flood of the whole picture at once."""
@@ -341,7 +341,7 @@ def test_scenes_beyond_the_lattice_agree_tile_by_tile(make_raster, monkeypatch):
 # Scale
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), scale=st.one_of(st.sampled_from([1.0, 0.5, 2.0, 0.11]), st.floats(0.07, 3.0)))
 @pytest.mark.parametrize("overviews", [(), (2, 4)])
 def test_overlapping_windows_agree_bit_for_bit_at_any_scale(make_raster, overviews, data, scale):

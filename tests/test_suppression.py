@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torchvision.ops import batched_nms as reference
@@ -19,7 +19,6 @@ from babelrs_geo.models.efficientnet import SHOWN, EfficientNetLite0, _Convoluti
 from babelrs_geo.models.suppression import batched_nms
 
 
-@settings(deadline=None)  # the kernel is compiled first
 @given(st.integers(0, 2**32), st.integers(0, 60), st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), st.booleans())
 @example(0, 35, 0.3, False)  # two boxes with an IoU of 3/10, which is more than .3 in float32
 def test_the_same_boxes_stay_as_by_torchvision(seed, count, iou, ties):

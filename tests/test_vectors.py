@@ -113,7 +113,7 @@ def ground() -> gpd.GeoDataFrame:
     heading=st.floats(0, 179.9),
     place=st.tuples(st.floats(50, 900), st.floats(50, 900)),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_rectangle_laid_out_on_the_ellipsoid_comes_back_in_true_metres_and_heading(
     name: str, length: float, ratio: float, heading: float, place: tuple[float, float]
 ) -> None:
@@ -222,7 +222,7 @@ def test_a_scene_without_georeference_stays_in_pixels_y_down_and_says_so() -> No
     name=st.sampled_from([*GEOREFS, "none"]),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_coverage_partitions_the_scene_and_counts_every_tile(
     width: int, height: int, tile: int, name: str, data: st.DataObject
 ) -> None:

@@ -149,7 +149,7 @@ def test_a_group_that_kills_every_worker_costs_its_own_tiles_alone(tmp_path, cli
     assert len(found) == 1 and "its worker failed (KilledWorker" in ground.reasons[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), stop=st.integers(0, 6), seed=st.integers(0, 3))
 def test_any_order_and_any_stop_give_the_same(tmp_path_factory, data, stop, seed):
     folder = tmp_path_factory.mktemp("order")

@@ -127,7 +127,7 @@ class Cell:
 
     def _start(self) -> None:
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        environment = {**allocation.ENVIRONMENT, **os.environ} | {
+        environment = {**allocation.environment(), **os.environ} | {
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)
         }
         self._process = subprocess.Popen(

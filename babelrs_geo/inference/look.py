@@ -210,7 +210,8 @@ class Look:
         waiting: deque[Future[_Read]] = deque()
         for group in groups:
             grid, scale = self.passes[group.level]
-            shown = np.uint8 if plain and self._is_bytes(scale) else np.float32
+            own = self.scene.shape_at(scale) == (self.scene.height, self.scene.width)
+            shown = np.uint8 if plain and own and self.scene.holds_bytes else np.float32
             for number, index in enumerate(group.tiles):
                 if len(waiting) >= self.options.ahead:
                     yield waiting.popleft().result()
@@ -220,12 +221,6 @@ class Look:
                 waiting.append(pool.submit(read, group.number, grid[index], scale, room, place))
         while waiting:
             yield waiting.popleft().result()
-
-    def _is_bytes(self, scale: float) -> bool:
-        """Whether model input at a scale is the file's own bytes over 255."""
-        scene = self.scene
-        own = scene.shape_at(scale) == (scene.height, scene.width)
-        return own and scene.radiometry.is_exact and scene.dtype == "uint8"
 
     def _packed(self, reads: Iterable[_Read], books: _Books) -> Iterator[_Batch]:
         """The reads that have a valid pixel, `batch` of one group at a time; the others end here."""

@@ -156,6 +156,11 @@ class Scene:
         return self._reader.facts.bands.dtype
 
     @property
+    def holds_bytes(self) -> bool:
+        """Whether model input is the file's own bytes over 255."""
+        return self.radiometry.is_exact and self.dtype == "uint8"
+
+    @property
     def driver(self) -> str:
         """GDAL driver: `GTiff`, `JP2OpenJPEG`, `PNG`, ..."""
         return self._reader.facts.driver
