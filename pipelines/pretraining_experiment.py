@@ -239,7 +239,8 @@ def _spread(values: Sequence[float]) -> str:
 
 def fingerprint(protocol: Mapping[str, Any], arm: Arm, steps: int | None) -> str:
     """Of all that what comes out of an arm depends on; which other arms and seeds there are does not matter."""
-    same = {name: part for name, part in protocol.items() if name not in ("seeds", "arms")}
+    parts = ("train",) if arm.taps is None else tuple(protocol)
+    same = {name: protocol[name] for name in parts if name not in ("seeds", "arms")}
     own = [arm.taps, arm.sensors, arm.precision]
     return hashlib.sha256(json.dumps([same, own, steps], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -330,6 +330,42 @@ def test_conversations_of_several_turns_ask_the_same_of_an_image_shown_once(data
     assert any("task" not in record for record in records_of(tmp_path / "more.jsonl"))
 
 
+@pytest.mark.parametrize("size", [48, 5000])
+def test_squares_are_asked_about_by_what_shows_in_them(data, tmp_path, size):
+    options = InstructOptions(per_image=9, crop=size, crops=3)
+    written = write_corpus([data], tmp_path / "c.jsonl", options)
+    truth, folder = expected(data), tmp_path / "c_images" / data.name
+    whole, seen = Counter(), set()
+    for record in records_of(tmp_path / "c.jsonl"):
+        name, left, top = re.fullmatch(r"(.*)_(\d+)_(\d+)\.png", record["image"]).groups()
+        x, y = int(left), int(top)
+        with Image.open(folder / record["image"]) as square, Image.open(data / f"{name}.png") as frame:
+            assert square.size == tuple(min(size, side) for side in frame.size)
+            assert (
+                np.asarray(square) == np.asarray(frame)[y : y + square.height, x : x + square.width]
+            ).all()
+            to_frame, to_square = np.array([*frame.size] * 2) / 1000, 1000 / np.array([*square.size] * 2)
+            edges = np.array([x, y, x + square.width, y + square.height], float)
+        objects, known = truth[f"{name}.png"]
+        shown, complete = [], True
+        for thing, box in objects:
+            own = np.array(box) * to_frame
+            low, high = np.maximum(own[:2], edges[:2]), np.minimum(own[2:], edges[2:])
+            share = np.maximum(high - low, 0).prod() / (own[2:] - own[:2]).prod()
+            complete &= not 1e-9 < share < 0.4 - 1e-9
+            if share >= 0.4 - 1e-9:
+                shown.append((thing, tuple((np.concatenate([low, high]) - [x, y, x, y]) * to_square)))
+        judge(record, shown, known, 20)
+        assert complete or record["task"] in ("refer", "sensor")
+        whole[complete] += record["image"] not in seen
+        seen.add(record["image"])
+    assert whole[True] > 3 * whole[False] and whole[False] == written.incomplete
+    assert len(seen) == written.images.total() and (len(seen) == 180) == (size == 5000)
+    (tmp_path / "again").mkdir()
+    write_corpus([data], tmp_path / "again" / "c.jsonl", options)
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "again" / "c.jsonl").read_bytes()
+
+
 PLACES = {
     "sar": "SARDet_50K/JPEGImages",
     "rgb": "DOTA_800pix/train/images",
@@ -664,6 +700,8 @@ def test_the_command_writes_a_corpus_and_a_sheet_and_says_what_is_in_it(data, tm
         (["DATA", "-o", "c.jsonl", "--rename", "wagon=car"], 1, "no labels have class wagon"),
         (["DATA", "DATA", "-o", "c.jsonl"], 1, "given twice"),
         (["CHIPS", "-o", "c.jsonl", "--split", "test"], 1, "has no chips of sar in split test, only"),
+        (["CHIPS", "-o", "c.jsonl", "--crop", "64"], 1, "holds chips, which are cut already"),
+        (["DATA", "-o", "c.jsonl", "--crop", "8"], 2, "--crop"),
         (["cut", "-o", "c.jsonl"], 1, "run the same tile command again"),
         (["broken", "-o", "c.jsonl"], 1, "cannot be read as an image"),
         (["-o", "c.jsonl"], 2, "DATA"),

@@ -34,6 +34,11 @@ def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
     recipe = from_plain(Recipe, protocol["train"])
     assert {view.chosen.size for view in recipe.phases[0].views.values()} == {160}
     assert read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"]).steps == 900
+    # what an arm without language came to does not depend on how others were pretrained
+    other = {**protocol, "pretrain": {}}
+    same = [experiment.fingerprint(each, every[0], None) for each in (protocol, other)]
+    assert same[0] == same[1]
+    assert experiment.fingerprint(protocol, every[1], None) != experiment.fingerprint(other, every[1], None)
 
 
 @pytest.mark.slow

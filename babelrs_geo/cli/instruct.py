@@ -31,6 +31,8 @@ class _Arguments:
     tasks: tuple[str, ...]
     per_image: int
     turns: int
+    crop: int | None
+    crops: int
     boxes: int
     rename: tuple[tuple[str, str], ...]
     seed: int
@@ -47,6 +49,8 @@ class _Arguments:
             tasks=self.tasks,
             per_image=self.per_image,
             turns=self.turns,
+            crop=self.crop,
+            crops=self.crops,
             seed=self.seed,
             most_boxes=self.boxes,
             split=self.splits,
@@ -90,6 +94,20 @@ def _options(command: Command) -> Command:
                 show_default=True,
                 metavar="N",
                 help="Questions of a record, which looks at its image once for all of them.",
+            ),
+            click.option(
+                "--crop",
+                type=click.IntRange(min=16),
+                metavar="PIXELS",
+                help="Ask about squares of this side, cut from the images as they are, in place of whole images.",
+            ),
+            click.option(
+                "--crops",
+                type=positive,
+                default=4,
+                show_default=True,
+                metavar="N",
+                help="Squares of an image.",
             ),
             click.option(
                 "--boxes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ class Picture:
     """Of their index."""
     path: Path
 
+    def write(self) -> None:
+        """Write it. Raises as `chips.export.write_picture` does."""
+        from babelrs_geo.chips.export import write_picture
+
+        write_picture(self.folder, self.path, self.row)
+
 
 def frames(root: Path, sensor: str, split: str, renamed: Renamed | None = None) -> list[LabelledImage]:
     """One sensor's split of a folder in SOI-Det's layout. Raises as `read_split` and `labelled` do."""
@@ -97,13 +103,13 @@ def labelled(
     boxes = [bounds(record.boxes) + record.border for record in records]
     things = _concepts(classes, renamed)
     named = [[things[classes[label]] for label in record.labels] for record in records]
-    return _images(
+    return images_of(
         [record.path.relative_to(root).as_posix() for record in records],
         [record.path for record in records],
         sizes,
         _clipped(boxes, named, sizes),
         [True] * len(records),
-        (records[0].sensor, things),
+        _source(records[0].sensor, things),
     )
 
 
@@ -135,13 +141,13 @@ def chips(
     named = [[things[name] for name in group["class"]] for group in found]
     todo = [Picture(folder, row, pictures / sensor / split / f"{row.chip}.png") for row in rows]
     sizes = [(int(row.width), int(row.height)) for row in rows]
-    images = _images(
+    images = images_of(
         [str(row.path) for row in rows],
         [each.path for each in todo],
         sizes,
         _clipped(boxes, named, sizes),
         [not row.dropped for row in rows],
-        (sensor, things),
+        _source(sensor, things),
     )
     return images, todo
 
@@ -197,24 +203,26 @@ def _clipped(
     return found
 
 
-def _images(
+def _source(sensor: str, things: Mapping[str, str]) -> Source:
+    """A source with the concept of each class, before anything is known of its images."""
+    return Source(sensor, dict.fromkeys(sorted(set(things.values())), 1.0), 0.0, frozenset(things))
+
+
+def images_of(
     names: Sequence[str],
     paths: Sequence[Path],
     sizes: Sequence[tuple[int, int]],
     shown: Sequence[Shown],
     complete: Sequence[bool],
-    about: tuple[str, dict[str, str]],
+    source: Source,
 ) -> list[LabelledImage]:
-    """The images with their source, which follows from the complete ones. `about` is the sensor, and the
-    concept of each class.
-    """
-    sensor, things_of = about
-    known = sorted(set(things_of.values()))
+    """The images with their source: what it labels is given, how often it shows follows from the complete ones."""
+    known = list(source.weights)
     rows = [things for (_, things), whole in zip(shown, complete, strict=True) if whole]
     there = np.array([[thing in things for thing in known] for things in rows]).reshape(-1, len(known))
     empty = float(np.mean(~there.any(1))) if len(there) else 0.0
     weights = dict(zip(known, absence_weights(there).tolist(), strict=True))
-    source = Source(sensor, weights, empty, frozenset(things_of))
+    source = replace(source, weights=weights, empty=empty)
     return [
         LabelledImage(name, path, size, boxes, things, source, whole)
         for name, path, size, (boxes, things), whole in zip(names, paths, sizes, shown, complete, strict=True)

@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 
 from babelrs_geo.datasets.instruct.corpus import IMAGE
+from babelrs_geo.datasets.instruct.crops import Crop, cropped
 from babelrs_geo.datasets.instruct.labelled import LabelledImage, Picture, chips, frames, is_chips, sensors
 from babelrs_geo.datasets.instruct.questions import OF_INCOMPLETE, TASKS
 from babelrs_geo.errors import LabelError, OutputError, ParameterError
@@ -36,6 +37,10 @@ class InstructOptions:
     turns: int = 1
     """Questions of a record: an image is then looked at once for several. Answers are seen by the turns that follow."""
     seed: int = 0
+    crop: int | None = None
+    """Side in pixels of squares that are asked about in place of frames; None: whole frames."""
+    crops: int = 4
+    """Squares of a frame."""
     most_boxes: int = 20
     """Boxes of an answer. Where there are more objects, the question is about that many largest."""
     split: str | Mapping[str, str] = "train"
@@ -49,8 +54,8 @@ class InstructOptions:
         if unknown or not self.tasks:
             told = ", ".join(sorted(unknown)) or "nothing"
             raise ParameterError(f"tasks has {told}; expected some of {', '.join(TASKS)}")
-        for name, least in (("per_image", 1), ("turns", 1), ("most_boxes", 2)):
-            if getattr(self, name) < least:
+        for name, least in (("per_image", 1), ("turns", 1), ("crop", 16), ("crops", 1), ("most_boxes", 2)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ParameterError(f"{name} is {getattr(self, name)}; expected {least} or more")
 
     def split_of(self, sensor: str) -> str:
@@ -117,21 +122,24 @@ def joined(records: Sequence[Record], turns: int) -> Iterator[Record]:
 
 def find(
     data: Sequence[str | os.PathLike[str]], pictures: Path, options: InstructOptions
-) -> tuple[list[LabelledImage], list[Picture], Path]:
-    """All images of folders in SOI-Det's layout and of chips; pictures of chips to write below `pictures`; and the
-    folder below which all of them lie.
+) -> tuple[list[LabelledImage], list[Picture | Crop], Path]:
+    """All images of folders in SOI-Det's layout, or squares of them, and of chips; the pictures to write below
+    `pictures`; and the folder below which all of them lie.
 
-    Raises LabelError and SceneError as the readers of `labelled` do, ParameterError where two folders of chips are
-    called alike or one is given twice.
+    Raises LabelError and SceneError as the readers of `labelled` do, ParameterError where two folders that pictures are
+    written of are called alike, one is given twice, or chips are to be cut again.
     """
     folders = [Path(path).resolve() for path in data]
     if len(set(folders)) < len(folders):
         raise ParameterError("a folder of data is given twice; give each once")
     cut = [folder for folder in folders if is_chips(folder)]
-    if len({folder.name for folder in cut}) < len(cut):
-        raise ParameterError("two folders of chips have one name, under which pictures are kept; rename one")
+    if options.crop is not None and cut:
+        raise ParameterError(f"{cut[0]} holds chips, which are cut already; leave crop out")
+    drawn_of = cut if options.crop is None else folders
+    if len({folder.name for folder in drawn_of}) < len(drawn_of):
+        raise ParameterError("two folders have one name, under which pictures are kept; rename one")
     images: list[LabelledImage] = []
-    todo: list[Picture] = []
+    todo: list[Picture | Crop] = []
     for folder in folders:
         for sensor in sensors(folder):
             split = options.split_of(sensor)
@@ -140,11 +148,15 @@ def find(
                 todo += drawn
             else:
                 own = frames(folder, sensor, split, options.renamed)
+                if options.crop is not None:
+                    place = pictures / folder.name
+                    own, squares = cropped(own, options.crop, options.crops, options.seed, place)
+                    todo += squares
             images += own
     unknown = set(options.renamed) - {name for image in images for name in image.source.classes}
     if unknown:
         raise LabelError(f"no labels have class {', '.join(sorted(unknown))}, which was to be renamed")
-    tops = [pictures / folder.name if folder in cut else folder for folder in folders]
+    tops = [pictures / folder.name if folder in drawn_of else folder for folder in folders]
     return images, todo, Path(os.path.commonpath(tops))
 
 
@@ -173,7 +185,7 @@ def write_corpus(
 ) -> Written:
     """Ask about all images of some labelled data, and write what was asked and answered.
 
-    `output` is the JSONL file; beside it go its meta JSON, last, and for chips a folder of pictures,
+    `output` is the JSONL file; beside it go its meta JSON, last, and for chips and squares a folder of pictures,
     `<stem>_images/`. Files are whole or absent. Raises as `find` does, and OutputError where the disk refuses.
     """
     options = options or InstructOptions()
@@ -183,9 +195,7 @@ def write_corpus(
     total = len(todo) + len(images)
     done = 0
     for picture in todo:
-        from babelrs_geo.chips.export import write_picture
-
-        write_picture(picture.folder, picture.path, picture.row)
+        picture.write()
         done += 1
         if progress is not None:
             progress(done, total)
