@@ -28,7 +28,8 @@ def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
     every = experiment.arms(protocol)
     assert [arm.folder for arm in every][:6] == ["A.0", "C.0", "B.0", "D.0.sar", "D.0.rgb", "D.0.ir"]
     assert [arm.folder for arm in every if arm.precision == "bf16"] == ["A16.0", "C16.0", "B16.0"]
-    assert len(every) == 3 * 3 + 3 + 3
+    assert [arm.folder for arm in every if arm.architecture] == ["A128.0", "A256.0"]
+    assert len(every) == 3 * 3 + 3 + 3 + 2
     assert [arm.folder for arm in every if arm.name == "D"] == ["D.0.sar", "D.0.rgb", "D.0.ir"]
     assert [arm.taps for arm in every[:4]] == [None, "paper", "last", None]
     recipe = from_plain(Recipe, protocol["train"])
