@@ -60,6 +60,8 @@ class Setting:
     """Where overlays, and the mosaic of the infrared part, are written."""
     frames: int | None = None
     """How many infrared frames at most; None for all."""
+    overlap: int = DetectOptions.overlap
+    """Pixels that tiles of the aircraft's scenes share."""
     sweep: bool = False
     """Also measure other ground samplings and score thresholds on the marked scenes."""
 
@@ -129,7 +131,9 @@ def infrared_mosaic(setting: Setting) -> Report:
 
 def airbus_aircraft(setting: Setting) -> Report:
     """Tiles against windows centred on each aircraft."""
-    return airbus.compare(setting.data / "airbus_aircraft", setting.weights, setting.pictures)
+    return airbus.compare(
+        setting.data / "airbus_aircraft", setting.weights, setting.pictures, setting.overlap
+    )
 
 
 PARTS: dict[str, Callable[[Setting], Report]] = {
@@ -205,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of: " + ", ".join(PARTS))
     parser.add_argument("--frames", type=int, help="at most so many infrared frames")
+    parser.add_argument("--overlap", type=int, default=DetectOptions.overlap, help="of tiles, aircraft alone")
     parser.add_argument("--sweep", action="store_true", help="marked scenes: other scales and thresholds too")
     given = parser.parse_args(arguments)
     asked = given.parts.split(",")
@@ -215,7 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Scenes far from what the weights know, and images without a georeference, are the point here.
     warnings.simplefilter("ignore", UserWarning)
     weights = zoo.load(given.weights, given.device)
-    setting = Setting(given.data, weights, given.pictures, given.frames, given.sweep)
+    setting = Setting(
+        given.data, weights, given.pictures, given.frames, overlap=given.overlap, sweep=given.sweep
+    )
     report: Report = {"weights": {"name": weights.name, "sha256": weights.sha256}}
     for part in asked:
         started = time.perf_counter()

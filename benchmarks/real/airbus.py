@@ -68,11 +68,13 @@ def hit_in_window(
     return seen
 
 
-def compare(folder: Path, weights: Weights, pictures: Path) -> dict[str, Any]:
-    """All scenes: pairs reported twice, aircraft lost by tiling, recall beside them, and, to compare with, what windows
-    lose that are moved by one pixel.
+def compare(
+    folder: Path, weights: Weights, pictures: Path, overlap: int = DetectOptions.overlap
+) -> dict[str, Any]:
+    """All scenes, in tiles that share `overlap` pixels: pairs reported twice, aircraft lost by tiling, recall beside them,
+    and, to compare with, what windows lose that are moved by one pixel.
     """
-    options = DetectOptions()
+    options = DetectOptions(overlap=overlap)
     doubles = windowed = tiled = lost = gained = detected = aircraft = moved = 0
     for record in read_airbus(folder):
         truth = record.boxes
