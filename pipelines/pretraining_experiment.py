@@ -65,6 +65,8 @@ class Arm:
     """Of the detector's training."""
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """What differs from that of the other arms."""
+    steps: int | None = None
+    """Of fine-tuning where it ends early, for its curves alone: nothing is told of what it finds."""
 
     @property
     def folder(self) -> str:
@@ -82,8 +84,8 @@ def arms(protocol: Mapping[str, Any]) -> list[Arm]:
             if seed in about.get("seeds", protocol["seeds"]):
                 groups = [(sensor,) for sensor in sensors] if about.get("alone") else [sensors]
                 precision = about.get("precision", protocol["train"].get("precision", Recipe.precision))
-                size = about.get("architecture", {})
-                found += [Arm(name, seed, about.get("taps"), group, precision, size) for group in groups]
+                rest = about.get("architecture", {}), about.get("steps")
+                found += [Arm(name, seed, about.get("taps"), group, precision, *rest) for group in groups]
     return found
 
 
@@ -110,8 +112,9 @@ def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int
         "model": {**own["model"], "architecture": size, **start},
     }
     recipe = from_plain(Recipe, plain)
-    if steps is not None:
-        recipe = replace(recipe, phases=(replace(recipe.phases[0], steps=steps, cooldown=1),))
+    last = arm.steps if steps is None else steps
+    if last is not None:
+        recipe = replace(recipe, phases=(replace(recipe.phases[0], steps=last, cooldown=1),))
     return not fit(recipe, [data], Place(folder=out / arm.folder, resume=True)).stopped
 
 
@@ -119,12 +122,13 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any]:
     """What came of an arm that has come to its end: figures, means of what the log watches, curves."""
     header = checkpoints.read_header(out / arm.folder / FINAL)
     shown = ("map", "map_interval", "ap50", "ap50_interval")
+    judged = () if arm.steps else arm.sensors
     log = rows(out / arm.folder / "log.csv")
     means = {name: fmean(float(row[name]) for row in log if row[name]) for name in log[0] if _watched(name)}
     told = {
         "arm": arm.name,
         "seed": arm.seed,
-        "sensors": {s: {k: header.metrics[s][k] for k in shown} for s in arm.sensors},
+        "sensors": {s: {k: header.metrics[s][k] for k in shown} for s in judged},
         "h_map": header.metrics["h_map"],
         "gradients": means,
         "milliseconds": milliseconds(header.architecture, arm.sensors),
@@ -132,8 +136,8 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any]:
         "curves": {name: curve(log, name) for name in ("loss", "gradient", "cosine")},
     }
     if arm.taps is not None:
-        judged = [row for row in rows(encoder(arm, out) / "log.csv") if row.get("val_all")]
-        told["answers"] = {name: float(v) for name, v in judged[-1].items() if name.startswith("val_") and v}
+        asked = [row for row in rows(encoder(arm, out) / "log.csv") if row.get("val_all")]
+        told["answers"] = {name: float(v) for name, v in asked[-1].items() if name.startswith("val_") and v}
     return told
 
 
@@ -276,7 +280,7 @@ def fingerprint(protocol: Mapping[str, Any], arm: Arm, steps: int | None) -> str
     """Of all that what comes out of an arm depends on; which other arms and seeds there are does not matter."""
     parts = ("train",) if arm.taps is None else tuple(protocol)
     same = {name: protocol[name] for name in parts if name not in ("seeds", "arms")}
-    own = [arm.taps, arm.sensors, arm.precision, arm.architecture]
+    own = [arm.taps, arm.sensors, arm.precision, arm.architecture, arm.steps]
     return hashlib.sha256(json.dumps([same, own, steps], sort_keys=True).encode()).hexdigest()[:16]
 
 

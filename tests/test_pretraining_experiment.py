@@ -28,6 +28,7 @@ def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
     every = experiment.arms(protocol)
     assert [arm.folder for arm in every][:6] == ["A.0", "C.0", "B.0", "D.0.sar", "D.0.rgb", "D.0.ir"]
     assert [arm.folder for arm in every if arm.precision == "bf16"] == ["A16.0", "C16.0", "B16.0"]
+    assert {arm.steps for arm in every if arm.precision == "bf16"} == {300}
     assert [arm.folder for arm in every if arm.architecture] == ["A128.0", "A256.0"]
     assert len(every) == 3 * 3 + 3 + 3 + 2
     assert [arm.folder for arm in every if arm.name == "D"] == ["D.0.sar", "D.0.rgb", "D.0.ir"]
@@ -50,7 +51,7 @@ def test_a_short_one_runs_arm_by_arm(tmp_path: Path, capsys: pytest.CaptureFixtu
     asked = {"split": "train", "per_image": 4}
     protocol = {
         "seeds": [0],
-        "arms": {"A": {}, "C": {"taps": "paper"}, "D": {"alone": True}},
+        "arms": {"A": {}, "C": {"taps": "paper"}, "D": {"alone": True}, "A16": {"steps": 1}},
         "instruct": asked,
         "held_out": asked,
         "pretrain": {
@@ -77,6 +78,11 @@ def test_a_short_one_runs_arm_by_arm(tmp_path: Path, capsys: pytest.CaptureFixtu
     page = (out / "records" / "results.md").read_text()
     assert page.count("\n") == 5 + 1 + 2 + 3 and "| C.0 | sar |" in page
     assert (out / "records" / "results.png").stat().st_size > 10_000
+    experiment.main([*words, "--only", "A16.0"])  # for its curves alone
+    early = json.loads((out / "records" / "A16.0.json").read_text())
+    assert early["sensors"] == {} and early["curves"]["loss"]["step"] == [1]
+    assert "| A16 | 1 | – | – | – | – | – | – | – | " in (out / "records" / "results.md").read_text()
+    assert capsys.readouterr().out == "A16.0 is done\n"
     with pytest.raises(SystemExit, match="names no arm"):
         experiment.main([*words, "--only", "E.0"])
     # what has a record is done, wherever it ran; a record of another protocol is not taken for one of this

@@ -71,8 +71,8 @@ def hit_in_window(
 def compare(
     folder: Path, weights: Weights, pictures: Path, overlap: int = DetectOptions.overlap
 ) -> dict[str, Any]:
-    """All scenes, in tiles that share `overlap` pixels: pairs reported twice, aircraft lost by tiling, recall beside them,
-    and, to compare with, what windows lose that are moved by one pixel.
+    """All scenes, in tiles that share `overlap` pixels: pairs reported twice, aircraft lost by tiling, recall beside
+    them, and, to compare with, what windows lose that are moved by one pixel.
     """
     options = DetectOptions(overlap=overlap)
     doubles = windowed = tiled = lost = gained = detected = aircraft = moved = 0
