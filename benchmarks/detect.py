@@ -323,9 +323,11 @@ def small(folder: Path, rounds: int) -> Iterator[Line]:
     """A network that costs next to nothing."""
     import torch
 
+    from babelrs_geo import allocation
     from babelrs_geo.inference import gather
     from babelrs_geo.scenes import open_scene
 
+    allocation.keep()  # as the command does
     torch.set_num_threads(1)
     path, find = ready(folder, *SCENES["small"][0]), brightest()
     with open_scene(path, "rgb") as scene:

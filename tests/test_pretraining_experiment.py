@@ -12,7 +12,9 @@ from tiny_pretraining import write_data, write_pretraining
 from tiny_recipe import tiny_recipe
 
 from babelrs_geo.training.pretrain.recipe import read
+from babelrs_geo.training.pretrain.run import encoder_of
 from babelrs_geo.training.recipe import Recipe
+from babelrs_geo.training.run import configuration
 from babelrs_geo.training.settings import from_plain
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
@@ -26,16 +28,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
     protocol = yaml.safe_load(experiment.PROTOCOL.read_text())
     every = experiment.arms(protocol)
-    assert [arm.folder for arm in every][:6] == ["A.0", "C.0", "B.0", "D.0.sar", "D.0.rgb", "D.0.ir"]
-    assert [arm.folder for arm in every if arm.precision == "bf16"] == ["A16.0", "C16.0", "B16.0"]
+    assert [arm.folder for arm in every][:6] == ["A.1", "C.1", "B.1", "D.1.sar", "D.1.rgb", "D.1.ir"]
+    assert [arm.folder for arm in every if arm.precision == "bf16"] == ["A16.1", "C16.1", "B16.1"]
     assert {arm.steps for arm in every if arm.precision == "bf16"} == {300}
-    assert [arm.folder for arm in every if arm.architecture] == ["A128.0", "A256.0"]
+    assert [arm.folder for arm in every if arm.architecture] == ["A192.1", "A256.1"]
     assert len(every) == 3 * 3 + 3 + 3 + 2
-    assert [arm.folder for arm in every if arm.name == "D"] == ["D.0.sar", "D.0.rgb", "D.0.ir"]
+    assert [arm.folder for arm in every if arm.name == "D"] == ["D.1.sar", "D.1.rgb", "D.1.ir"]
     assert [arm.taps for arm in every[:4]] == [None, "paper", "last", None]
     recipe = from_plain(Recipe, protocol["train"])
     assert {view.chosen.size for view in recipe.phases[0].views.values()} == {160}
-    assert read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"]).steps == 900
+    pretrained = read(protocol["pretrain"]["recipe"], protocol["pretrain"]["set"])
+    assert pretrained.steps == 900
+    # what is pretrained is what is fine-tuned
+    assert encoder_of(pretrained.model.encoder) == configuration(recipe.model).backbone
     # what an arm without language came to does not depend on how others were pretrained
     other = {**protocol, "pretrain": {}}
     same = [experiment.fingerprint(each, every[0], None) for each in (protocol, other)]
