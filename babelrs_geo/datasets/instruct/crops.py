@@ -94,7 +94,7 @@ def _name(image: LabelledImage, part: Part) -> str:
 
 def _place(image: LabelledImage, size: int, draw: Random) -> Part:
     """Where a square lies: of some places the first that cuts off no object, or that which cuts off the fewest."""
-    return min(_places(image, size, draw), key=lambda part: _cut_off(image, part))
+    return min(_places(image, size, draw), key=lambda part: _cut_off(_seen(image.boxes, part)))
 
 
 def _places(image: LabelledImage, size: int, draw: Random) -> Iterator[Part]:
@@ -109,9 +109,8 @@ def _places(image: LabelledImage, size: int, draw: Random) -> Iterator[Part]:
         yield left, top, left + w, top + h
 
 
-def _cut_off(image: LabelledImage, part: Part) -> int:
-    """Objects that show too little to be asked about."""
-    seen = _seen(image.boxes, part)
+def _cut_off(seen: NDArray[np.float64]) -> int:
+    """Objects, by the share of each that shows, that show too little to be asked about."""
     return int(((seen > 0) & (seen < VISIBLE)).sum())
 
 
@@ -129,4 +128,4 @@ def _shown(image: LabelledImage, part: Part) -> tuple[NDArray[np.float64], list[
     corner = np.array([*part[:2], *part[:2]], np.float64)
     size = np.array([part[2] - part[0], part[3] - part[1]] * 2, np.float64)
     boxes = np.clip(image.boxes[kept] - corner, 0, size)
-    return boxes, kept.tolist(), not ((seen > 0) & (seen < VISIBLE)).any()
+    return boxes, kept.tolist(), not _cut_off(seen)
