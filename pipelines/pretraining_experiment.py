@@ -249,12 +249,15 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, 3)
     shown = {f"{arm}{precision}" for arm in "ABC" for precision in ("", "16")}
     colours = dict(zip("ABC", ("#E69F00", "#56B4E9", "#009E73"), strict=True))
+    told: set[str] = set()
     for each in results:
         if each["arm"] not in shown:
             continue
         style = {"color": colours[each["arm"][0]], "lw": 1, "ls": "--" if each["arm"].endswith("16") else "-"}
-        style |= {"alpha": 1.0 if each["seed"] == 0 else 0.4}
-        label = each["arm"] if each["seed"] == 0 else None
+        first = each["arm"] not in told
+        told.add(each["arm"])
+        style |= {"alpha": 1.0 if first else 0.4}
+        label = each["arm"] if first else None
         for panel, drawn in zip(panels, each["curves"].values(), strict=True):
             panel.plot(drawn["step"], drawn["value"], label=label, **style)
     for panel, title in zip(
