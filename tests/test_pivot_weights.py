@@ -164,6 +164,8 @@ def test_a_backbone_of_other_sizes_is_refused(tmp_path: Path) -> None:
         WeightsError, match=r"does not fit the detector's backbone: \d+ mis-shaped \(backbone\.spm"
     ):
         checkpoints.start_backbone(other, path)
+    with pytest.raises(WeightsError, match=r"normalised by mean \(127\.0, .* the detector has \(0,"):
+        checkpoints.start_backbone(Detector(replace(TINY, mean=(0, 0, 0))), path)
     export(path, tmp_path / "vit.safetensors", "vit")
     with pytest.raises(
         WeightsError, match="is a backbone pretrained by babelrs-geo; start a detector from it"

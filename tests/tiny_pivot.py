@@ -34,7 +34,12 @@ INTERNVIT = PivotConfig(
     tau=100,
 )
 COMPACT = PivotConfig(
-    encoder=TINY.backbone, language={**QWEN, "tie_word_embeddings": True}, taps=Taps((1, 2)), tau=100
+    encoder=TINY.backbone,
+    language={**QWEN, "tie_word_embeddings": True},
+    taps=Taps((1, 2)),
+    tau=100,
+    mean=TINY.mean,
+    std=TINY.std,
 )
 
 

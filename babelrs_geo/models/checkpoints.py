@@ -127,8 +127,8 @@ class Start:
     """
     name: str
     architecture: Mapping[str, Any]
-    """Sizes: `ViTConfig`, `AdapterConfig` with the last trained `layer`, `official.PivotSizes`, or `PivotConfig`, as
-    plain values.
+    """Sizes: `ViTConfig`, `AdapterConfig` with the last trained `layer` and the images' `mean` and `std`,
+    `official.PivotSizes`, or `PivotConfig`, as plain values.
     """
     licence: str
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -282,18 +282,26 @@ def read_encoder(path: str | os.PathLike[str]) -> tuple[Start, dict[str, torch.T
     with torch.device("meta"):
         names = ViTAdapter(config.encoder).reached(config.taps.last)
     kept = {k: v for k, v in own.items() if k in names}
-    return replace(start, kind="backbone", architecture=sizes | {"layer": config.taps.last}), kept
+    sizes |= {"layer": config.taps.last, "mean": list(config.mean), "std": list(config.std)}
+    return replace(start, kind="backbone", architecture=sizes), kept
 
 
 def start_backbone(model: Detector, path: str | os.PathLike[str]) -> None:
     """Put an imported or pretrained encoder (a `Start` of any kind) into a detector, resized to its images.
 
     Every tensor of the transformer is replaced, and of a pretrained backbone every one that it was trained in; the
-    others are left alone. Raises WeightsError where the file is no start or its sizes are others.
+    others are left alone. Raises WeightsError where the file is no start, or its sizes or its images' normalisation are
+    others.
     """
     start, state = read_encoder(path)
     ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.startswith("backbone.")}
     if start.kind == "backbone":
+        seen = {name: tuple(start.architecture.get(name, ())) for name in ("mean", "std")}
+        if seen != {name: getattr(model.config, name) for name in seen}:
+            raise WeightsError(
+                f"the encoder {path} was pretrained on images normalised by mean {seen['mean']} and std {seen['std']}, "
+                f"the detector has {model.config.mean} and {model.config.std}; pretrain it with the detector's"
+            )
         table = BACKBONE
         names = {f"backbone.{name}" for name in model.backbone.reached(start.architecture["layer"])}
         wanted = {k: shape for k, shape in ours.items() if k in names}

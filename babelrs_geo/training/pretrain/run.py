@@ -19,7 +19,7 @@ from babelrs_geo.models import importing, language, zoo
 from babelrs_geo.models.adapter import AdapterConfig
 from babelrs_geo.models.annealing import taps_of
 from babelrs_geo.models.conversation import add_tokens
-from babelrs_geo.models.detector import COMPACT, from_plain
+from babelrs_geo.models.detector import COMPACT, DetectorConfig, from_plain
 from babelrs_geo.models.imagenet import load_efficientnet_lite0
 from babelrs_geo.models.official import INTERNVIT
 from babelrs_geo.models.pivot import PivotConfig, PivotModel, image_token_of
@@ -123,7 +123,14 @@ def _new(part: PivotPart) -> tuple[PivotModel, Any]:
     """Put together."""
     lm, tokenizer = _language(part.language)
     encoder = encoder_of(part.encoder)
-    config = PivotConfig(encoder=encoder, taps=taps_of(encoder, part.taps), tau=part.tau)
+    theirs = COMPACT if part.encoder.base == "compact" else DetectorConfig()
+    config = PivotConfig(
+        encoder=encoder,
+        taps=taps_of(encoder, part.taps),
+        tau=part.tau,
+        mean=theirs.mean,  # as the detector that the encoder is for
+        std=theirs.std,
+    )
     model = PivotModel(config, lm)
     if part.encoder.start == "imagenet":
         if not isinstance(encoder, AdapterConfig) or encoder.prior != "efficientnet_lite0":
