@@ -19,6 +19,7 @@ from babelrs_geo.cli import program
 from babelrs_geo.cli import progress as bars
 
 SMALL = ["--tile", "48", "--overlap", "16"]
+detect_module = sys.modules["babelrs_geo.detect"]  # the package's own name is the function
 
 
 @pytest.fixture
@@ -141,6 +142,28 @@ def test_an_interrupted_run_ends_with_130_and_leaves_nothing(harbour, weights, t
     assert result.exit_code == 130
     assert result.stderr.strip() == "babelrs-geo: error: interrupted, nothing was written"
     assert [path.name for path in tmp_path.iterdir()] == ["harbour.tif"]
+
+
+@pytest.mark.parametrize("wrong", [["--classes", "shp"], ["--device", "cuda:7"], ["--dask", "none.json"]])
+def test_a_wrong_option_does_not_cost_what_an_earlier_run_did(harbour, weights, tmp_path, wrong):
+    """Stopped while it was writing, too, a run may go on."""
+    save = detect_module.Found.save
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(detect_module.Found, "save", interrupt)
+        result = call("detect", harbour, "--sensor", "sar", *SMALL)
+    assert result.exit_code == 130 and "run the same with --resume" in result.stderr
+    parts = tmp_path / ".harbour_detections.gpkg.parts"
+    kept = sorted(path.name for path in parts.iterdir())
+    assert any(name.endswith(".arrow") for name in kept) and detect_module.Found.save is save
+    for resume in ([], ["--resume"]):
+        assert call("detect", harbour, "--sensor", "sar", *SMALL, *wrong, *resume).exit_code == 1
+        assert sorted(path.name for path in parts.iterdir()) == kept
+    assert call("detect", harbour, "--sensor", "sar", *SMALL, "--resume").exit_code == 0
+    assert not parts.exists() and len(gpd.read_file("harbour_detections.gpkg", layer="detections")) == 4
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_a_fault_of_the_program_is_one_line_too_and_the_traceback_is_there_when_asked(

@@ -28,7 +28,7 @@ from tiny_model import TINY
 from babelrs_geo import cluster
 from babelrs_geo.cluster import Workers, connect, held_back
 from babelrs_geo.detections import Detections
-from babelrs_geo.errors import OutputError, ParameterError
+from babelrs_geo.errors import OutputError, ParameterError, SceneError
 from babelrs_geo.inference import FAILED, Group, InferenceOptions, Look, Part, gather, over_dask, run
 from babelrs_geo.inference.spool import Spool
 from babelrs_geo.models import checkpoints
@@ -150,26 +150,40 @@ def test_a_group_that_kills_every_worker_costs_its_own_tiles_alone(tmp_path, cli
 
 
 @settings(max_examples=25)
-@given(data=st.data(), stop=st.integers(0, 6), seed=st.integers(0, 3))
-def test_any_order_and_any_stop_give_the_same(tmp_path_factory, data, stop, seed):
+@given(
+    data=st.data(),
+    stop=st.integers(0, 6),
+    away=st.sets(st.integers(0, 9), max_size=3),
+    seed=st.integers(0, 3),
+)
+def test_any_order_any_stop_and_groups_that_could_not_be_read_at_first_give_the_same(
+    tmp_path_factory, data, stop, away, seed
+):
     folder = tmp_path_factory.mktemp("order")
     with open_scene(town(folder / "town.tif", seed), "sar") as scene:
         look, about = look_at(scene), {"of": seed}
         every = dict(look.parts([bright_detector], look.groups(np.ones(len(look.grid), bool))))
 
-        def crew(groups, tick, most):
+        def crew(groups, tick, most, away=frozenset()):
             for group in data.draw(st.permutations(list(groups)))[:most]:
-                yield group, every[group]
+                asked.append(group.number)
+                yield group, unread(group) if group.number in away else every[group]
             if most < len(groups):
                 raise KeyboardInterrupt
 
-        with suppress(KeyboardInterrupt):
-            gather(look, partial(crew, most=stop), keep=Spool(folder / "spool", about))
+        asked: list[int] = []
+        with suppress(KeyboardInterrupt, SceneError):
+            gather(look, partial(crew, most=stop, away=away), keep=Spool(folder / "spool", about))
         kept = Spool(folder / "spool", about, resume=True)
-        assert len(kept.parts()) == min(stop, len(every))
+        assert set(kept.parts()) == set(asked) - away
         found = gather(look, partial(crew, most=len(every)), keep=kept)
         assert same(found, alone(look))
         assert not drafts(folder / "spool")
+
+
+def unread(group: Group) -> Part:
+    """What comes of a group while the server that has the scene is away."""
+    return Part(None, np.zeros(0, np.int64), tuple((i, FAILED, "away") for i in group.tiles))
 
 
 parts = st.builds(
@@ -215,6 +229,19 @@ def test_parts_of_another_run_are_refused_and_stay(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot be written .* --resume"):
         Spool(tmp_path / "file" / "parts", {})
+
+
+def test_a_torn_part_is_done_again_and_a_torn_note_is_told_of(tmp_path):
+    spool = Spool(tmp_path / "parts", {})
+    for number in (0, 1, 2):
+        spool.put(number, Part(None, np.zeros(0, np.int64), ()))
+    (tmp_path / "parts" / "00000000.arrow").write_bytes(b"")
+    torn = tmp_path / "parts" / "00000002.arrow"
+    torn.write_bytes(torn.read_bytes()[:-40])
+    assert list(spool.parts()) == [1]
+    (tmp_path / "parts" / "run.json").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"run\.json cannot be read .* --overwrite"):
+        Spool(tmp_path / "parts", {}, resume=True)
 
 
 def test_groups_are_whole_batches_and_hold_every_wanted_tile_once(tmp_path):

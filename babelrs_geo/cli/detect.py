@@ -114,19 +114,25 @@ def detect_verb(**given: Any) -> int:
         running = crew.running(spool, quiet=silent)
         if output.overwrite and not crew.resume:
             shutil.rmtree(spool, ignore_errors=True)
+        earlier = any(spool.glob("*.arrow"))
         try:
-            with stoppable(), progress_bar(scene.name, hidden=silent) as progress:
-                found = detect(scene, model.weights, options, progress, running)
+            with stoppable():
+                with progress_bar(scene.name, hidden=silent) as progress:
+                    found = detect(scene, model.weights, options, progress, running)
+                found.save(path, overwrite=output.overwrite, crs=output.crs)
         except KeyboardInterrupt:
             if not any(spool.glob("*.arrow")):
                 shutil.rmtree(spool, ignore_errors=True)
                 raise
             tell("error", "stopped, and what is done is kept: run the same with --resume, and it goes on")
             return EXIT_INTERRUPTED
-        except (ParameterError, SceneError):  # the same would end the same
-            shutil.rmtree(spool, ignore_errors=True)
+        except (
+            ParameterError,
+            SceneError,
+        ):  # the same would end the same; what an earlier run did is not at fault
+            if not earlier:
+                shutil.rmtree(spool, ignore_errors=True)
             raise
-        found.save(path, overwrite=output.overwrite, crs=output.crs)
         shutil.rmtree(spool, ignore_errors=True)
         seconds = time.perf_counter() - start
     if output.as_json:

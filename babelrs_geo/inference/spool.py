@@ -18,11 +18,14 @@ NOTE = "run.json"
 
 
 def noted(folder: Path) -> dict[str, Any] | None:
-    """What the parts in a folder are about; None where there are none."""
+    """What the parts in a folder are about; None where there are none. Raises OutputError."""
     note = folder / NOTE
     if not note.is_file():
         return None
-    about: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        about: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{note} cannot be read ({error}); pass --overwrite to start anew") from error
     return about
 
 
@@ -59,8 +62,9 @@ class Spool:
         return sorted(self.folder.glob("*.arrow"))
 
     def parts(self) -> dict[int, Part]:
-        """The parts that are there, by the number of their group."""
-        return {int(path.stem): _read(path) for path in self._files()}
+        """The parts that are there, by the number of their group; not one that a failing disk or host has torn."""
+        there = {int(path.stem): _read(path) for path in self._files()}
+        return {number: part for number, part in there.items() if part is not None}
 
     def put(self, number: int, part: Part) -> None:
         """Keep one. Raises OutputError."""
@@ -112,13 +116,16 @@ def _bytes(part: Part) -> bytes:
     return content
 
 
-def _read(path: Path) -> Part:
+def _read(path: Path) -> Part | None:
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as file:
-        table = pa.ipc.open_file(file).read_all()
-        about = json.loads(table.schema.metadata[b"part"])
-        column = {name: table[name].to_numpy().copy() for name in table.column_names}
+    try:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+            about = json.loads(table.schema.metadata[b"part"])
+            column = {name: table[name].to_numpy().copy() for name in table.column_names}
+    except (pa.ArrowException, OSError):
+        return None
     found = None
     if about["found"] is not None:
         boxes = np.stack([column[name] for name in ("cx", "cy", "w", "h", "r")], axis=1)
