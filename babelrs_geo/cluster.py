@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -119,9 +120,9 @@ def _client(workers: Workers, stack: ExitStack) -> Any:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     if workers.scheduler is not None:
-        named = "scheduler_file" if Path(workers.scheduler).suffix == ".json" else "address"
+        address = _address(workers.scheduler)
         try:
-            theirs = Client(**{named: workers.scheduler}, timeout=workers.patience, set_as_default=False)
+            theirs = Client(address, timeout=workers.patience, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ParameterError(
                 f"no Dask scheduler answers at {workers.scheduler} ({' '.join(str(error).split())}); check --dask"
@@ -144,6 +145,19 @@ def _client(workers: Workers, stack: ExitStack) -> Any:
     stack.enter_context(_kept(cluster, workers.processes))
     client.register_plugin(Deaf())
     return client
+
+
+def _address(scheduler: str) -> str:
+    """Of a scheduler, named by it or by its file, for which distributed would wait for ever where it is not there."""
+    if Path(scheduler).suffix != ".json":
+        return scheduler
+    try:
+        return str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ParameterError(
+            f"{scheduler} is not what a Dask scheduler writes ({type(error).__name__}: {error}); pass the file of "
+            "dask scheduler --scheduler-file, or an address such as tcp://host:8786"
+        ) from error
 
 
 @contextmanager

@@ -124,6 +124,10 @@ def test_what_detect_writes_is_a_labels_file(folder):
         (["good.tif", "--background", "2"], "background is 2"),
         (["good.tif", "--workers", "0"], "workers is 0"),
         (["good.tif", "--dask", "nonsense"], "no Dask scheduler answers at nonsense"),
+        (
+            ["good.tif", "--dask", "none.json"],
+            "none.json is not what a Dask scheduler writes (FileNotFoundError",
+        ),
         (["good.tif", "-o", "good.tif"], "good.tif is a file"),
         (["good.tif", "-o", "."], "is not empty and no chip folder"),
         (["--coregister", "sar=good.tif", "rgb=text.tif"], "text.tif cannot be opened"),
@@ -192,7 +196,7 @@ def test_other_tools_get_pictures_and_labels_that_fit_them(folder):
     for image, row in zip(coco["images"], index.itertuples(), strict=True):
         with rasterio.open(folder / "chips" / image["file_name"]) as png:
             picture = png.read()
-        with open_chip("chips", row.path, row.radiometry) as chip:
+        with open_chip("chips", row._asdict()) as chip:
             model = chip.read((0, 0, chip.width, chip.height)).image[:1]
         assert np.abs(picture / 255 - model).max() <= 0.5 / 255 + 1e-6
         mine = labels[labels["chip"] == row.chip]
