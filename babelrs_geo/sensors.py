@@ -419,10 +419,10 @@ def choose_kind(
     """What the numbers are: as asked, else from data type, unit and description, else from the values of the
     sample.
 
-    `sample` is `(band, n)`, valid raw numbers spread over the scene. SAR without a word on its unit is dB
-    where a tenth of the numbers or more are negative, intensity where they are real and mostly below 1
-    (calibrated power is), else amplitude. Infrared is kelvin from 150 to 500, centikelvin from 15,000 to
-    50,000, celsius where real or signed, else counts.
+    `sample` is `(band, n)`, valid raw numbers spread over the scene. SAR is dB where the band says so, or where a
+    tenth of the numbers or more are negative and most are 1 or more without their sign; without a word on its unit it
+    is intensity where numbers are real and mostly below 1 (calibrated power is), else amplitude. Infrared is kelvin
+    from 150 to 500, centikelvin from 15,000 to 50,000, celsius where real or signed, else counts.
     """
     if units is not None:
         kind = {
@@ -452,11 +452,14 @@ def choose_kind(
     if sensor is Sensor.SAR:
         if np.iscomplexobj(sample) or about.dtype.startswith("complex"):
             return "amplitude"
-        if (values < 0.0).mean() >= 0.1:
+        label = about.label(bands[0]).lower().replace("_", " ")
+        # noise taken off power leaves some of it below 0, too, but small
+        below = (values < 0.0).mean() >= 0.1 and np.median(np.abs(values)) >= 1.0
+        if below or re.search(r"\b(db|decibels?)\b", label):
             return "db"
         if re.search(r"amplitude|magnitude|\bdn\b", text):
             return "amplitude"
-        if re.search(r"intensity|power|sigma|gamma|beta", about.label(bands[0]).lower()):
+        if re.search(r"intensity|power|sigma|gamma|beta", label):
             return "intensity"
         is_real = np.issubdtype(np.dtype(about.dtype), np.floating)
         return "intensity" if is_real and np.median(values) < 1.0 else "amplitude"
