@@ -318,7 +318,7 @@ def align(
     folder = Path(folder)
     note = folder / "shifts.json"
     asked = {
-        "sources": {s: scene.path for s, scene in scenes.items()},
+        "sources": {s: scene.identity for s, scene in scenes.items()},
         "reference": chosen,
         "correct": correct,
     }

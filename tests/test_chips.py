@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_a_chip_reaches_the_model_as_its_window_of_the_scene_does(
             window = (row.x, row.y, row.width, row.height)
             assert (row.width, row.height) == (min(size, width), min(size, height))
             seen[row.y : row.y + row.height, row.x : row.x + row.width] = True
-            with open_chip(folder / "chips", row.path, row.radiometry) as chip:
+            with open_chip(folder / "chips", row._asdict()) as chip:
                 whole = (0, 0, chip.width, chip.height)
                 got, expected = chip.read(whole), scene.read(window)
                 assert got.image.tobytes() == expected.image.tobytes()
@@ -144,22 +145,25 @@ def test_a_chip_reaches_the_model_as_its_window_of_the_scene_does(
         assert not scene.valid((0, 0, width, height))[~seen].any()
 
 
-@pytest.mark.parametrize("kind", ["affine", "gcps", "rpcs", "none", "no crs"])
+@pytest.mark.parametrize("kind", ["affine", "gcps", "rpcs", "high rpcs", "none", "no crs"])
 def test_a_chip_lies_where_its_window_lies(tmp_path, kind):
     place = {
         "affine": {},
         "gcps": {"gcps": control_points(), "crs": "EPSG:4326"},
         "rpcs": {"rpcs": made_up_rpc()},
+        "high rpcs": {"rpcs": made_up_rpc()},
         "none": {"crs": None, "transform": None},
         "no crs": {"crs": None},
     }[kind]
     path = write_raster(tmp_path / "scene", Raster(speckle(150, 200), **place))
-    with open_scene(path, "sar") as scene:
+    with open_scene(path, "sar", SceneOptions(height=900.0 if kind == "high rpcs" else None)) as scene:
         cut_chips([scene], tmp_path / "chips", options=SMALL)
         for row in read_index(tmp_path / "chips").itertuples():
-            assert row.georef == scene.georef.kind == {"no crs": "affine"}.get(kind, kind)
+            assert (
+                row.georef == scene.georef.kind == {"no crs": "affine", "high rpcs": "rpcs"}.get(kind, kind)
+            )
             assert row.crs == scene.georef.crs_text
-            with open_chip(tmp_path / "chips", row.path, row.radiometry) as chip:
+            with open_chip(tmp_path / "chips", row._asdict()) as chip:
                 x, y = np.array([0.0, 10.5, 64.0]), np.array([3.0, 0.0, 64.0])
                 if kind == "none":
                     assert (chip.georef.kind, row.geometry) == ("none", None)
@@ -439,6 +443,40 @@ def test_chips_are_the_same_whoever_works_and_a_whole_run_does_nothing(tmp_path)
             cut_chips([scene], tmp_path, [labels], options)
         with pytest.raises(ParameterError, match="given twice"):
             cut_chips([scene, scene], tmp_path / "four")
+
+
+def test_scenes_of_one_name_do_not_take_each_others_chips(tmp_path):
+    """Nor does one that happens to bear the name that another was given."""
+    with ExitStack() as stack:
+        scenes = []
+        for k, name in enumerate(("x/a", "y/a", "a-2", "z/a")):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            pixels = np.full((1, 64, 64), 50 * k + 40, np.uint8)
+            scenes.append(
+                stack.enter_context(open_scene(write_raster(tmp_path / name, Raster(pixels)), "sar"))
+            )
+        cut_chips(
+            scenes, tmp_path / "chips", options=ChipOptions(size=64, overlap=0, block=1, split=(1, 0, 0))
+        )
+        index = read_index(tmp_path / "chips")
+        assert index["scene"].tolist() == ["a", "a-2", "a-2-2", "a-3"]
+        for row, scene in zip(index.itertuples(), scenes, strict=True):
+            with open_chip(tmp_path / "chips", row._asdict()) as chip:
+                assert (chip.read_raw((0, 0, 64, 64)) == scene.read_raw((0, 0, 64, 64))).all()
+
+
+def test_what_changes_a_label_or_a_place_is_another_run(tmp_path):
+    labels = tmp_path / "labels.gpkg"
+    box = shapely.box(NORTH_UP.c + 200, NORTH_UP.f - 400, NORTH_UP.c + 300, NORTH_UP.f - 300)
+    gpd.GeoDataFrame({"class": ["ship"], "fine": ["tanker"]}, geometry=[box], crs=UTM).to_file(labels)
+    with open_scene(write_raster(tmp_path / "a", Raster(speckle(150, 200))), "sar") as scene:
+        cut_chips([scene], tmp_path / "a-chips", [read_label_file(labels)], SMALL)
+        with pytest.raises(OutputError, match="cut otherwise"):
+            cut_chips([scene], tmp_path / "a-chips", [read_label_file(labels, "fine")], SMALL)
+    path = write_raster(tmp_path / "b", Raster(speckle(150, 200), rpcs=made_up_rpc()))
+    for height, told in ((100.0, nullcontext()), (900.0, pytest.raises(OutputError, match="cut otherwise"))):
+        with open_scene(path, "sar", SceneOptions(height=height)) as scene, told:
+            cut_chips([scene], tmp_path / "b-chips", options=SMALL)
 
 
 @pytest.mark.parametrize("lost", [2, 3])

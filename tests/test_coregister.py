@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import geopandas as gpd
 import numpy as np
 import pytest
@@ -162,7 +164,7 @@ def test_three_sensors_are_cut_alike(tmp_path):
         for _, rows in index.groupby("chip"):
             assert rows["split"].nunique() == rows["valid"].nunique() == rows["geometry"].nunique() == 1
         for row in index.itertuples():
-            with open_chip(tmp_path / "chips", row.path, row.radiometry) as chip:
+            with open_chip(tmp_path / "chips", row._asdict()) as chip:
                 assert chip.radiometry.high == scenes[row.sensor].radiometry.high
                 whole = (0, 0, chip.width, chip.height)
                 x, y = (round(float(v)) for v in sar.georef.to_pixel(*chip.georef.to_map(0, 0)))
@@ -190,6 +192,20 @@ def test_a_correction_takes_the_shift_out(tmp_path):
         assert left[:2] == pytest.approx((0, 0), abs=0.15)
         for scene in aligned.values():
             scene.close()
+
+
+def test_files_of_another_source_or_polarisation_are_not_taken_for_the_same(tmp_path):
+    a = write_raster(tmp_path / "a", Raster(rgb_of(town(60))))
+    two = np.concatenate([sar_of(town(60)).reshape(1, 60, 60)] * 2)
+    b = write_raster(tmp_path / "b", Raster(two, descriptions=("VV", "VH")))
+    with open_scene(a, "rgb", PLAIN) as rgb:
+        for polarisation in ("VV", "VH"):
+            told = nullcontext() if polarisation == "VV" else pytest.raises(OutputError, match="otherwise")
+            with open_scene(b, "sar", SceneOptions(polarisation=polarisation)) as sar, told:
+                align({"rgb": rgb, "sar": sar}, tmp_path / "on", "rgb")
+        write_raster(tmp_path / "b", Raster(two + 1, descriptions=("VV", "VH")))
+        with open_scene(b, "sar") as sar, pytest.raises(OutputError, match="otherwise"):
+            align({"rgb": rgb, "sar": sar}, tmp_path / "on", "rgb")
 
 
 def test_what_cannot_be_brought_together_is_told(tmp_path):

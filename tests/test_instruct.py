@@ -475,7 +475,7 @@ def test_chips_are_asked_about_by_pictures_as_the_model_sees_them(chip_folder, d
         row = index.loc[path.stem]
         assert not row["dropped"] or conversation.task in ("refer", "sensor")
         seen.add(path.stem)
-        with open_chip(chip_folder, row["path"], row["radiometry"]) as chip, Image.open(path) as picture:
+        with open_chip(chip_folder, row) as chip, Image.open(path) as picture:
             image = chip.read((0, 0, chip.width, chip.height)).image
             assert np.array_equal(np.asarray(picture), np.rint(image[0] * 255).astype(np.uint8))
     assert seen == set(index.index)

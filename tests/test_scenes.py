@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio._env import get_gdal_config
 from rasterio.control import GroundControlPoint
+from rasterio.enums import Resampling
 from rasterio.features import rasterize, shapes
 from rasterio.rpc import RPC
 from rasterio.transform import Affine
@@ -217,6 +218,77 @@ def test_a_colour_may_hold_the_number_that_means_nodata_in_one_band(make_raster)
     assert not valid[20, 20]
 
 
+@pytest.mark.parametrize("kind", ["alpha", "mask", "all"])
+def test_nodata_does_not_hide_a_mask_nor_either_of_them_an_alpha_band(make_raster, kind):
+    """To GDAL each of them is the mask, and it names one."""
+    third, top = np.arange(130) < 20, np.arange(90)[:, None] < 9
+    pixels, what = np.where(LEFT & ~third, 200, COLOUR), {"colours": RGB}
+    expected = np.ones((90, 130), bool)
+    if kind != "mask":
+        pixels = np.concatenate([pixels, np.where(third, 0, 255 + 0 * GREY)])
+        what["colours"] = (*RGB, "alpha")
+        expected &= ~third
+    if kind != "alpha":
+        what["mask"] = np.broadcast_to(~top, (90, 130))
+        expected &= ~top
+    if kind != "all":
+        pixels[:3, 60:] = 7
+        what["nodata"] = 7
+        expected[60:] = False
+    scene = open_scene(make_raster(pixels.astype(np.uint8), **what), options=SceneOptions(collar=False))
+    np.testing.assert_array_equal(whole(scene).valid, expected)
+    told = scene.describe()["validity"]
+    assert ("alpha band" in told, "a mask" in told) == (kind != "mask", kind != "alpha")
+
+
+def source(path, band=1):
+    return (
+        f"<SimpleSource><SourceFilename>{path}</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource>"
+    )
+
+
+def virtual(path, bands):
+    """A VRT of 130 by 90 pixels; each band is its type and what is inside of it."""
+    inside = "".join(
+        f'<VRTRasterBand dataType="{kind}" band="{k}">{text}</VRTRasterBand>'
+        for k, (kind, text) in enumerate(bands, 1)
+    )
+    path.write_text(f'<VRTDataset rasterXSize="130" rasterYSize="90">{inside}</VRTDataset>')
+    return path
+
+
+def test_bands_may_have_a_mask_each(make_raster, tmp_path):
+    """A pixel is valid where one of the bands that are read is."""
+    path = make_raster(COLOUR)
+    shown = [
+        make_raster(np.where(np.arange(130) < n, 0, 255 + 0 * GREY).astype(np.uint8), f"m{n}")
+        for n in (40, 60, 80)
+    ]
+    bands = [
+        f'{source(path, k)}<MaskBand><VRTRasterBand dataType="Byte">{source(mask)}</VRTRasterBand></MaskBand>'
+        for k, mask in enumerate(shown, 1)
+    ]
+    made = virtual(tmp_path / "masks.vrt", [("Byte", each) for each in bands])
+    np.testing.assert_array_equal(whole(open_scene(made, "rgb")).valid, np.broadcast_to(~LEFT, (90, 130)))
+    one = virtual(tmp_path / "one.vrt", [("Byte", bands[2])])
+    assert open_scene(one, "ir").valid_share == pytest.approx(50 / 130)
+
+
+def test_bands_of_other_types_come_along_in_the_type_that_holds_all(make_raster, tmp_path):
+    wide, alpha = make_raster(257 * COLOUR.astype(np.uint16), "wide"), make_raster(GREY + 1, "alpha")
+    colours = [
+        ("UInt16", f"<ColorInterp>{name}</ColorInterp>{source(wide, k)}")
+        for k, name in enumerate(("Red", "Green", "Blue"), 1)
+    ]
+    made = virtual(
+        tmp_path / "mixed.vrt", [*colours, ("Byte", f"<ColorInterp>Alpha</ColorInterp>{source(alpha)}")]
+    )
+    raw = open_scene(made).read_raw((0, 0, 130, 90))
+    assert raw.dtype == np.uint16
+    np.testing.assert_array_equal(raw[:3], 257 * COLOUR.astype(np.uint16))
+    np.testing.assert_array_equal(raw[3], GREY[0] + 1)
+
+
 @pytest.mark.parametrize(("dtype", "nodata", "share"), [("Byte", "-9999", 1.0), ("Float32", "0.1", 0.5)])
 def test_nodata_that_the_type_holds_only_rounded_or_not_at_all(make_raster, tmp_path, dtype, nodata, share):
     pixels = np.full((1, 10, 20), 50.0, np.float32)
@@ -391,6 +463,9 @@ def test_a_smaller_scale_reads_overviews_and_strips_bound_the_memory(make_raster
     path = make_raster(np.repeat(np.repeat(COLOUR, 4, 1), 4, 2), colours=RGB, overviews=(2, 4))
     with rasterio.open(path, "r+", overview_level=1) as overview:
         overview.write(np.full((3, 90, 130), 77, np.uint8))
+    assert np.ptp(whole(open_scene(path), 0.2).image - np.float32(77) / np.float32(255)) < 1e-6
+    with rasterio.open(path, "r+") as later:
+        later.build_overviews([3], Resampling.nearest)  # comes after 1:4 in the file
     assert np.ptp(whole(open_scene(path), 0.2).image - np.float32(77) / np.float32(255)) < 1e-6
     plain = open_scene(make_raster(np.repeat(np.repeat(COLOUR, 4, 1), 4, 2), "plain", colours=RGB))
     at_once = whole(plain, 0.05).image

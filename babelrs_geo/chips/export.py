@@ -66,7 +66,7 @@ def write_picture(root: Path, path: Path, row: Any) -> None:
     chip is missing or damaged, OutputError where the picture cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_chip(root, row.path, row.radiometry) as chip:
+    with open_chip(root, row._asdict()) as chip:
         image = np.rint(chip.read((0, 0, chip.width, chip.height)).image * 255.0).astype(np.uint8)
     planes: NDArray[np.uint8] = image if row.sensor == "rgb" else image[:1]
     draft = path.with_name(f".{path.name}.{os.getpid()}")

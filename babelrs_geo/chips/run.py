@@ -20,6 +20,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+
 from babelrs_geo import __version__
 from babelrs_geo.chips.cut import SPOOL, cut_task, part_path
 from babelrs_geo.chips.options import SPLITS, ChipOptions
@@ -27,7 +29,7 @@ from babelrs_geo.chips.plan import Entry, Plan, Task, plan
 from babelrs_geo.chips.tables import INDEX, NOTE, write_tables, write_text
 from babelrs_geo.cluster import CUTTING, Workers, connect, first, held_back, pool
 from babelrs_geo.errors import OutputError, ParameterError
-from babelrs_geo.scenes import Scene
+from babelrs_geo.scenes import Scene, file_state
 from babelrs_geo.vectors import Labels, Objects
 
 Progress = Callable[[int, int], None]
@@ -110,14 +112,14 @@ def _entries(scenes: Sequence[Scene], labels: Sequence[Labels]) -> list[Entry]:
     """Scenes with names that are theirs alone, and their labels."""
     if not scenes:
         raise ParameterError("no scene was given; pass at least one")
-    taken: dict[str, int] = {}
     entries: list[Entry] = []
     for scene in scenes:
         if any(scene.path == other.source for other in entries):
             raise ParameterError(f"{scene.path} was given twice; give each scene once")
         stem = Path(scene.name).stem or "scene"
-        taken[stem] = taken.get(stem, 0) + 1
-        name = stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"
+        taken = {other.name for other in entries}
+        others = (f"{stem}-{k}" for k in itertools.count(2))
+        name = next(n for n in itertools.chain([stem], others) if n not in taken)
         objects = objects_on(scene, stem, labels, alone=len(scenes) == 1)
         entries.append(Entry(name, name, scene.path, scene, objects))
     return entries
@@ -165,18 +167,9 @@ def _asked(entries: Sequence[Entry], options: ChipOptions, told: dict[str, Any])
     """All that decides the content of the files, and its hash."""
     scenes = []
     for entry in entries:
-        scene, path = entry.scene, Path(entry.source)
-        state = path.stat() if path.is_file() else None
+        objects = None if entry.objects is None else _digest(entry.objects)
         scenes.append(
-            {
-                "name": entry.name,
-                "source": entry.source,
-                "bytes": None if state is None else state.st_size,
-                "modified": None if state is None else state.st_mtime_ns,
-                "radiometry": json.loads(scene.radiometry.to_json()),
-                "collar": scene.options.collar,
-                "objects": None if entry.objects is None else len(entry.objects),
-            }
+            entry.scene.identity | file_state(entry.source) | {"name": entry.name, "objects": objects}
         )
     body = {
         "software": f"babelrs-geo {__version__}",
@@ -185,6 +178,14 @@ def _asked(entries: Sequence[Entry], options: ChipOptions, told: dict[str, Any])
     }
     text = json.dumps(body, sort_keys=True)
     return {**json.loads(text), "hash": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _digest(objects: Objects) -> str:
+    """Of what labels show of a scene: which column the classes come from, and where the scene lies, changes it."""
+    digest = hashlib.sha256(np.ascontiguousarray(objects.boxes).tobytes())
+    digest.update(objects.oriented.tobytes())
+    digest.update("\n".join(map(str, objects.classes)).encode())
+    return digest.hexdigest()
 
 
 def _open_folder(out: Path, asked: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,18 @@ def read_labels(folder: str | os.PathLike[str]) -> gpd.GeoDataFrame:
     return _read(Path(folder), LABELS)
 
 
-def open_chip(folder: str | os.PathLike[str], path: str, radiometry: str | Radiometry) -> Scene:
-    """A chip as a scene that reads as its window of the scene does, bit for bit.
-
-    `path` and `radiometry` are the index's. Raises SceneError where the file is missing or damaged.
+def open_chip(folder: str | os.PathLike[str], row: Mapping[str, Any] | pd.Series[Any]) -> Scene:
+    """A chip, by its row of the index, as a scene that reads as its window of the scene does, bit for bit, and lies
+    where that lies. Raises SceneError where the file is missing or damaged.
     """
-    how = Radiometry.from_json(radiometry) if isinstance(radiometry, str) else radiometry
-    return open_scene(Path(folder, path), how.sensor, SceneOptions(collar=False, radiometry=how))
+    how, ground = Radiometry.from_json(row["radiometry"]), row.get("rpc_height")
+    options = SceneOptions(
+        collar=False,
+        radiometry=how,
+        height=None if ground is None or np.isnan(ground) else float(ground),
+        dem=row.get("rpc_dem"),
+    )
+    return open_scene(Path(folder, row["path"]), how.sensor, options)
 
 
 def _read(folder: Path, name: str) -> gpd.GeoDataFrame:
@@ -110,6 +115,8 @@ def _about(entry: Entry) -> dict[str, Any]:
         "gsd": np.nan if gsd is None else gsd,
         "georef": scene.georef.kind,
         "crs": scene.georef.crs_text,
+        "rpc_height": scene.georef.height if scene.georef.kind == "rpcs" else np.nan,
+        "rpc_dem": scene.georef.dem,
     }
 
 
@@ -132,6 +139,8 @@ _COLUMNS = {
     "gsd": np.float64,
     "georef": str,
     "crs": object,
+    "rpc_height": np.float64,
+    "rpc_dem": object,
 }
 
 

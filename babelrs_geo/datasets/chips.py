@@ -69,8 +69,7 @@ class ChipDataset(GroundDataset):
         return pictures
 
     def _open(self, picture: int) -> AbstractContextManager[Scene]:
-        row = self.table.iloc[picture]
-        return open_chip(self.folder, row["path"], row["radiometry"])
+        return open_chip(self.folder, self.table.iloc[picture])
 
     def _labelled(self, picture: int, scene: Scene) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         nothing = np.zeros((0, 5)), np.zeros(0, np.int64)

@@ -243,7 +243,8 @@ def contribute(
         mine = [group for group in groups if group.number in numbers and group.number not in there]
         with begun.crew() as crew:
             for group, part in crew(mine, lambda _: None) if mine else ():
-                begun.keep.put(group.number, part)
+                if part.is_whole:
+                    begun.keep.put(group.number, part)
     return len(groups)
 
 
@@ -274,7 +275,7 @@ def _begin(
     def sized(batch: int) -> _Begun:
         look = _look(scene, plan, batch)
         about = _provenance(look, loaded[0], plan, replace(options, batch=batch), device)
-        keep = _spool(running, about | _files(scene, area))
+        keep = _spool(running, about | scene.identity | {"area": area and area.geometry.wkt})
         crew = partial(crew_of, running, look, loaded, options.score, plan.classes, on)
         return _Begun(look, area, about, plan.caution, keep, crew, sized)
 
@@ -356,17 +357,6 @@ def _to_crs(frame: gpd.GeoDataFrame, crs: Any) -> gpd.GeoDataFrame:
             f"the scene lies outside the ground that {crs.to_string()} can show: pass another CRS"
         )
     return moved
-
-
-def _files(scene: Scene, area: MapArea | None) -> dict[str, Any]:
-    """What parts of a run depend on beyond what its provenance tells."""
-    path = Path(scene.path)
-    state = path.stat() if path.is_file() else None
-    return {
-        "path": scene.path,
-        "modified": None if state is None else [state.st_size, state.st_mtime_ns],
-        "area": None if area is None else area.geometry.wkt,
-    }
 
 
 def _name(path: str | os.PathLike[str] | None) -> str | None:

@@ -209,7 +209,7 @@ def _chips(data: Path, sensor: str, header: Header, options: DataOptions) -> Fra
     def load(i: int) -> Frame:
         row = table.iloc[i]
         mine = objects.get(row["chip"], np.zeros(0, np.int64))
-        with open_chip(data, row["path"], row["radiometry"]) as chip:
+        with open_chip(data, row) as chip:
             plan = plan_for(chip, header, DetectOptions(gsd=options.gsd, overlap=0))
             if plan.caution:
                 warnings.warn(plan.caution, UserWarning, stacklevel=2)

@@ -6,7 +6,7 @@ black frame that orthomosaics have without declaring it, `resample` brings a win
 neighbours agree, `scene` puts them together with the sensor's radiometry and the georeference.
 """
 
-from babelrs_geo.scenes.facts import Facts
+from babelrs_geo.scenes.facts import Facts, file_state
 from babelrs_geo.scenes.scene import Pixels, Scene, SceneOptions, open_scene
 
-__all__ = ["Facts", "Pixels", "Scene", "SceneOptions", "open_scene"]
+__all__ = ["Facts", "Pixels", "Scene", "SceneOptions", "file_state", "open_scene"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rasterio.enums import MaskFlags
@@ -35,10 +35,12 @@ class Facts:
     driver: str
     nodata: tuple[float | None, ...]
     """Declared nodata value of each band."""
-    masked: bool
-    """True where a mask band or an alpha band declares validity."""
+    mask: Literal["none", "shared", "by band"]
+    """Whether a mask beside the bands declares validity, one for all or one each."""
+    alpha: int | None
+    """The band that tells how opaque pixels are."""
     overviews: tuple[int, ...]
-    """Decimation of each overview, ascending."""
+    """Decimation of each overview, in the file's order."""
     block: tuple[int, int]
     """Rows and columns of a block."""
     lossy: bool
@@ -76,6 +78,18 @@ def exists(text: str) -> bool:
         return False
 
 
+def file_state(path: str) -> dict[str, Any]:
+    """What tells whether a file is still the same, as JSON values: its path, its size and when it was written; None for
+    what is no file on disk.
+    """
+    state = Path(path).stat() if exists(path) and Path(path).is_file() else None
+    return {
+        "path": path,
+        "bytes": None if state is None else state.st_size,
+        "modified": None if state is None else state.st_mtime_ns,
+    }
+
+
 def facts_of(dataset: Any, given: str, height: float | None, dem: str | None) -> Facts:
     """The facts of an open dataset, `height` and `dem` as in `SceneOptions`. SceneError where it holds no band."""
     if dataset.count == 0:
@@ -86,12 +100,11 @@ def facts_of(dataset: Any, given: str, height: float | None, dem: str | None) ->
             else "pass another file"
         )
         raise SceneError(f"{given} holds no band; {remedy}")
-    flags = dataset.mask_flag_enums
+    colours = [c.name for c in dataset.colorinterp]
+    alpha = colours.index("alpha") + 1 if "alpha" in colours and len(colours) > 1 else None
     tags = dataset.tags()
     structure = dataset.tags(ns="IMAGE_STRUCTURE")
-    dtypes = {
-        d for d, c in zip(dataset.dtypes, dataset.colorinterp, strict=True) if c.name != "alpha"
-    } or set(dataset.dtypes)
+    dtypes = {d for d, c in zip(dataset.dtypes, colours, strict=True) if c != "alpha"} or set(dataset.dtypes)
     every = [*tags.items(), *(item for b in dataset.indexes for item in dataset.tags(b).items())]
     for domain in ("IMAGERY", "EXIF"):
         every += dataset.tags(ns=domain).items()
@@ -103,14 +116,15 @@ def facts_of(dataset: Any, given: str, height: float | None, dem: str | None) ->
         height=dataset.height,
         driver=dataset.driver,
         nodata=tuple(dataset.nodatavals),
-        masked=any(MaskFlags.per_dataset in f or MaskFlags.alpha in f for f in flags),
+        mask=_mask(dataset),
+        alpha=alpha,
         overviews=tuple(dataset.overviews(1)),
         block=tuple(dataset.block_shapes[0]),
         lossy=lossy,
         tags=tuple((str(k), str(v)) for k, v in dict(every).items()),
         bands=Bands(
             dtype=str(np.result_type(*("complex64" if d == "complex_int16" else d for d in dtypes))),
-            interpretations=tuple(c.name for c in dataset.colorinterp),
+            interpretations=tuple(colours),
             descriptions=tuple(_description(dataset, b) for b in dataset.indexes),
             units=tuple(u or "" for u in dataset.units),
             tags="\n".join(f"{k}={v}" for k, v in every),
@@ -120,6 +134,14 @@ def facts_of(dataset: Any, given: str, height: float | None, dem: str | None) ->
         ),
         georef=_georef(dataset, height, dem),
     )
+
+
+def _mask(dataset: Any) -> Literal["none", "shared", "by band"]:
+    """As in `Facts`. To GDAL nodata and alpha are masks, too, and it names one of several: they are looked at apart."""
+    flags = dataset.mask_flag_enums
+    if any(MaskFlags.per_dataset in each and MaskFlags.alpha not in each for each in flags):
+        return "shared"
+    return "none" if all(flags) else "by band"
 
 
 def _description(dataset: Any, band: int) -> str:

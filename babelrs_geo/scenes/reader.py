@@ -317,10 +317,9 @@ class Reader:
                 if all(dataset.dtypes[b - 1] == self.facts.bands.dtype for b in bands):
                     raw = MEMORY.empty(size, self.facts.bands.dtype)
                     dataset.read(list(bands), window=where, out=raw)
-                else:
-                    raw = dataset.read(list(bands), window=where, out_shape=size)
-                if self.facts.masked:
-                    valid = dataset.read_masks(seen[0], window=where, out_shape=shape) > 0
+                else:  # one by one: rasterio does not mix types
+                    raw = np.stack([dataset.read(b, window=where, out_shape=size[1:]) for b in bands])
+                valid = self._masked(dataset, seen, where, shape)
             except (RasterioError, OSError, ValueError) as error:
                 place = f"x {window[0]}, y {window[1]}, {window[2]} by {window[3]} pixels"
                 raise SceneError(
@@ -332,6 +331,20 @@ class Reader:
             return raw, valid
         declared = _declared(raw if judged is None else raw[[bands.index(b) for b in judged]], nodata)
         return raw, declared if valid is None else valid & declared
+
+    def _masked(
+        self, dataset: Any, bands: tuple[int, ...], where: Window, shape: tuple[int, int] | None
+    ) -> NDArray[np.bool_] | None:
+        """Where masks show one of the bands and alpha is not transparent; None where the file has neither."""
+        valid: NDArray[np.bool_] | None = None
+        if self.facts.mask == "shared":
+            valid = dataset.read_masks(bands[0], window=where, out_shape=shape) > 0
+        elif self.facts.mask == "by band":
+            valid = np.any([dataset.read_masks(b, window=where, out_shape=shape) > 0 for b in bands], axis=0)
+        if self.facts.alpha is not None:
+            opaque = dataset.read(self.facts.alpha, window=where, out_shape=shape) > 0
+            valid = opaque if valid is None else valid & opaque
+        return valid
 
 
 def _bytes_of(facts: Facts, rows: int, columns: int, bands: int | None = None) -> int:

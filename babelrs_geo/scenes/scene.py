@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import threading
@@ -20,7 +22,7 @@ from babelrs_geo.scenes.acquired import acquired
 from babelrs_geo.scenes.blocks import STORE
 from babelrs_geo.scenes.border import Border
 from babelrs_geo.scenes.develop import Shown, develop, develop_mosaic
-from babelrs_geo.scenes.facts import Facts
+from babelrs_geo.scenes.facts import Facts, file_state
 from babelrs_geo.scenes.memory import MEMORY
 from babelrs_geo.scenes.reader import Reader
 from babelrs_geo.scenes.resample import Source
@@ -179,6 +181,15 @@ class Scene:
     def acquired(self) -> datetime | None:
         """When the picture was taken, UTC, None where neither metadata nor file name tells."""
         return acquired(dict(self._reader.facts.tags), self.name)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is read and where it lies, as JSON values: the same for what is made of the same."""
+        return file_state(self.path) | {
+            "radiometry": json.loads(self.radiometry.to_json()),
+            "collar": self.options.collar,
+            "georef": hashlib.sha256(repr(self.georef).encode()).hexdigest(),
+        }
 
     @property
     def valid_share(self) -> float:
@@ -369,13 +380,10 @@ class Scene:
         SAR is never judged by an overview: averaging removes the speckle that its range is measured by.
         """
         level, shape = None, (self.height, self.width)
-        small = [
-            i
-            for i, d in enumerate(self._reader.facts.overviews)
-            if shape[0] * shape[1] <= _SURVEY_PIXELS * d * d
-        ]
+        decimation = self._reader.facts.overviews
+        small = [i for i, d in enumerate(decimation) if shape[0] * shape[1] <= _SURVEY_PIXELS * d * d]
         if shape[0] * shape[1] > _SURVEY_PIXELS and small and self.sensor is not Sensor.SAR:
-            level = small[0]
+            level = min(small, key=decimation.__getitem__)
             shape = self._reader.shape(level)
         if shape[0] * shape[1] <= _SURVEY_PIXELS or level is not None:
             windows = [(0, 0, shape[1], shape[0])]
@@ -430,8 +438,9 @@ class Scene:
     def _finer(self, rows: int, columns: int) -> int | None:
         """The overview level that is just finer than the scene at `rows` by `columns`; None for the scene itself."""
         factor = min(self.height / rows, self.width / columns)
-        finer = [i for i, d in enumerate(self._reader.facts.overviews) if d <= factor]
-        return finer[-1] if finer else None
+        decimation = self._reader.facts.overviews
+        finer = [i for i, d in enumerate(decimation) if d <= factor]
+        return max(finer, key=decimation.__getitem__, default=None)
 
     def _parts(
         self, window: Window, rows: int, columns: int

@@ -114,7 +114,9 @@ def _georeference(scene: Scene) -> str:
 
 def _validity(scene: Scene) -> str:
     facts = scene._reader.facts
-    sources = ["a mask or alpha band"] if facts.masked else []
+    sources = [
+        name for name, there in (("a mask", facts.mask != "none"), ("an alpha band", facts.alpha)) if there
+    ]
     if scene.nodata is not None:
         sources.append(f"nodata {scene.nodata:g}")
     if scene.options.collar and scene.nodata != 0 and scene._border.collar().packed:
