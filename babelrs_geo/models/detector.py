@@ -111,7 +111,8 @@ COMPACT = DetectorConfig(
     gfl=GFLConfig(channels=96, convs=2, pre_nms=500, max_boxes=300, score=0.02),
     rpn=RPNConfig(channels=96, scale=4.0, pre_nms=400, nms_iou=0.75, proposals=300),
     roi=RoIConfig(
-        channels=256, base_size=28.0, samples=192, max_boxes=300, score=0.02, start_stds=(0.01, 0.001)
+        channels=256, base_size=28.0, samples=192, max_boxes=300, score=0.02, start_stds=(0.01, 0.001),
+        nms_iou=0.5,  # the paper's .1 loses people who stand together
     ),
     classes={
         "sar": ("ship",),
