@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 import warnings
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,11 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
+from test_vectors import shown
 
 from babelrs_geo import cli
+from babelrs_geo.archive.check import verify
 from babelrs_geo.archive.drawing import png
 from babelrs_geo.archive.export import best_of_doubles, cells, export
 from babelrs_geo.archive.ledger import Ledger
+from babelrs_geo.archive.outputs import remove
 from babelrs_geo.archive.report import report
 from babelrs_geo.errors import OutputError, ParameterError
 
@@ -110,6 +115,37 @@ def test_one_file_for_qgis_holds_what_has_a_place(results, tmp_path, suffix):
     assert info["features"] == done.detections - plain and info["crs"] == "EPSG:4326"
     assert {"class", "score", "source", "acquired"} <= set(info["fields"])
     assert [p.name for p in tmp_path.iterdir()] == [f"all{suffix}"]
+
+
+def test_an_export_over_one_that_qgis_shows_is_sound(results, tmp_path):
+    with Ledger(results) as ledger:
+        path = export(ledger, tmp_path / "all.gpkg").path
+        with closing(shown(path)):
+            export(ledger, path, overwrite=True)
+            assert sound(path) and [p.name for p in tmp_path.iterdir()] == ["all.gpkg"]
+
+
+def sound(path: Path) -> bool:
+    """Whether a GeoPackage is whole, and nothing of an earlier one is in it."""
+    with closing(sqlite3.connect(path)) as file:
+        (state,) = file.execute("PRAGMA integrity_check").fetchone()
+        return state == "ok" and ("old",) not in file.execute("SELECT description FROM gpkg_contents")
+
+
+def test_a_result_that_qgis_shows_is_replaced_and_removed_with_its_journal(tmp_path):
+    write_ships(tmp_path / "in" / "a.tif", 4)
+    go(tmp_path / "in", tmp_path / "out", suffix=".gpkg")
+    with Ledger(tmp_path / "out") as ledger:
+        output = str(ledger.one("SELECT output FROM scenes"))
+    with closing(shown(tmp_path / "out" / output)):
+        ships = write_ships(tmp_path / "in" / "a.tif", 5, side=160)
+        assert go(tmp_path / "in", tmp_path / "out", suffix=".gpkg").worked == 1
+        assert sound(tmp_path / "out" / output)
+        with Ledger(tmp_path / "out") as ledger:
+            assert verify(ledger).clean and ledger.totals()["detections"] == ships
+    with closing(shown(tmp_path / "out" / output)):
+        remove(tmp_path / "out", output)
+        assert not list((tmp_path / "out" / output).parent.iterdir())
 
 
 def test_an_export_elsewhere_or_of_another_kind_is_refused(results, tmp_path):

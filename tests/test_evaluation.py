@@ -255,6 +255,7 @@ def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
         "pr.png",
         "matches.gpkg",
     }
+    (folder / "matches.gpkg-wal").write_text("of the layer that goes")
     evaluation.write_report(folder, report(), overwrite=True, picture=False)
     assert {p.name for p in folder.iterdir()} == {"notes.txt", "report.json", "report.md"}
 

@@ -496,15 +496,21 @@ def test_the_companion_of_an_output_is_kept_too(
         vectors.write(tmp_path / "out.parquet", found, ground, PROVENANCE)
 
 
+def shown(path: Path) -> sqlite3.Connection:
+    """A GeoPackage with a log beside it, as QGIS has it while it shows a layer, and leaves it where it is ended."""
+    viewer = sqlite3.connect(path)
+    viewer.execute("PRAGMA journal_mode = WAL")
+    viewer.execute("UPDATE gpkg_contents SET description = 'old'")
+    viewer.commit()
+    assert path.with_name(f"{path.name}-wal").stat().st_size > 0
+    return viewer
+
+
 def test_the_journal_of_the_file_that_is_replaced_goes_with_it(
     tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame
 ) -> None:
     path = vectors.write(tmp_path / "out.gpkg", found, ground, PROVENANCE)
-    viewer = sqlite3.connect(path)  # as QGIS does while it shows the layer
-    viewer.execute("PRAGMA journal_mode = WAL")
-    viewer.execute("UPDATE provenance SET value = 'old'")
-    viewer.commit()
-    assert (tmp_path / "out.gpkg-wal").stat().st_size > 0
+    viewer = shown(path)
     vectors.write(path, found, ground, {"software": "new"}, overwrite=True)
     for _ in range(2):  # while the old file is open elsewhere, and after
         reader = sqlite3.connect(path)

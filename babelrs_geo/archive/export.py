@@ -24,6 +24,7 @@ import shapely
 
 from babelrs_geo.archive.ledger import Ledger
 from babelrs_geo.errors import GeorefError, OutputError, ParameterError
+from babelrs_geo.vectors import drop_journals
 
 CRS = "EPSG:4326"
 DEGREES = 10
@@ -106,6 +107,7 @@ def _replace(path: Path, draft: Path, old: Path) -> None:
     """Put a draft, file or folder, where something may be."""
     if path.exists():
         path.replace(old)
+    drop_journals(path)
     draft.replace(path)
     if old.is_dir():
         shutil.rmtree(old, ignore_errors=True)

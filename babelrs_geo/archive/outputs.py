@@ -52,20 +52,26 @@ def place(folder: Path, drafts: Path, output: str) -> set[Path]:
 
     The file that the ledger names comes last: where it is, all are.
     """
+    from babelrs_geo.vectors import drop_journals
+
     target = folder / output
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in files_of(output):
         final = folder / name
         draft = drafts / final.name
         if draft.exists() or not final.exists():  # else it was placed, and the run was stopped before its row
+            drop_journals(final)
             draft.replace(final)
     return {target.parent}
 
 
 def remove(folder: Path, output: str) -> None:
     """Remove a result's files."""
+    from babelrs_geo.vectors import drop_journals
+
     for name in reversed(files_of(output)):
         (folder / name).unlink(missing_ok=True)
+        drop_journals(folder / name)
 
 
 def flush(folders: Iterable[Path]) -> None:

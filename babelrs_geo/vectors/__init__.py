@@ -26,7 +26,15 @@ negative y: the processing tool "Affine transform" with a scale of -1 in y lays 
 """
 
 from babelrs_geo.vectors.areas import read_area
-from babelrs_geo.vectors.files import PROVENANCE_KEY, SUFFIXES, check_target, clock, write, write_matches
+from babelrs_geo.vectors.files import (
+    PROVENANCE_KEY,
+    SUFFIXES,
+    check_target,
+    clock,
+    drop_journals,
+    write,
+    write_matches,
+)
 from babelrs_geo.vectors.labels import Labels, Objects, read_labels
 from babelrs_geo.vectors.results import Result, read_result
 from babelrs_geo.vectors.tables import Origin, area_km2, coverage, cut, features
@@ -43,6 +51,7 @@ __all__ = [
     "clock",
     "coverage",
     "cut",
+    "drop_journals",
     "features",
     "read_area",
     "read_labels",

@@ -101,14 +101,20 @@ def write(
         for draft in drafts:
             _flush(draft)
         check_target(path, overwrite=overwrite)  # another run may have finished meanwhile
-        if path.suffix.lower() == ".gpkg":
-            # SQLite would replay the journal of the file that goes into the one that comes.
-            for ending in ("-wal", "-shm", "-journal"):
-                path.with_name(path.name + ending).unlink(missing_ok=True)
+        drop_journals(path)
         for draft in reversed(drafts):  # the named file last: where it is, all is
             draft.replace(path.parent / draft.name)
         _flush(path.parent)
     return path
+
+
+def drop_journals(path: Path) -> None:
+    """Remove what SQLite, or QGIS that was ended, left beside a GeoPackage that goes: it would be replayed into the
+    one that comes. Of other files there is nothing.
+    """
+    if path.suffix.lower() == ".gpkg":
+        for ending in ("-wal", "-shm", "-journal"):
+            path.with_name(path.name + ending).unlink(missing_ok=True)
 
 
 def _targets(path: Path) -> list[Path]:
