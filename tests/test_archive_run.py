@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import suppress
@@ -173,6 +174,52 @@ def test_duplicates_are_found_and_the_first_is_kept(tmp_path):
         assert (found[name]["state"], found[name]["twin"], found[name]["output"]) == (
             DUPLICATE, found[first]["id"], None)  # fmt: skip
     assert len(list((tmp_path / "out" / "results").rglob("*_coverage.parquet"))) == 3
+
+
+@pytest.mark.parametrize("fate", ["another", "corrupt"])
+def test_a_duplicate_has_its_own_turn_once_its_twin_is_another_scene(tmp_path, fate):
+    ships = write_ships(tmp_path / "in" / "a.tif", 5)
+    for name in ("b.tif", "c.tif"):
+        shutil.copy(tmp_path / "in" / "a.tif", tmp_path / "in" / name)
+    assert go(tmp_path / "in", tmp_path / "out").counts[DUPLICATE] == 2
+    if fate == "another":
+        write_ships(tmp_path / "in" / "a.tif", 9, side=80)
+    else:
+        (tmp_path / "in" / "a.tif").write_text("no raster")
+    go(tmp_path / "in", tmp_path / "out")
+    found = rows(tmp_path / "out")
+    assert found["a.tif"]["state"] == (DONE if fate == "another" else FAILED)
+    assert (found["b.tif"]["state"], found["b.tif"]["detections"]) == (DONE, ships)
+    assert (found["c.tif"]["state"], found["c.tif"]["twin"]) == (DUPLICATE, found["b.tif"]["id"])
+    assert go(tmp_path / "in", tmp_path / "out").worked == 0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([DONE, INCOMPLETE, FAILED, STALE, DUPLICATE]),
+            st.sampled_from("xy"),
+            st.integers(1, 5),
+        ),
+        min_size=5,
+        max_size=5,
+    )
+)
+def test_when_a_run_begins_every_duplicate_has_a_twin_of_its_content_that_is_there(scenes):
+    with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder), write=True) as ledger:
+        ledger.plan(Item(f"{n}", f"{n}") for n in range(5))
+        told = [
+            (n, {"state": state, "fingerprint": mark, "twin": twin, "recipe": "r", "output": "o"})
+            for n, (state, mark, twin) in enumerate(scenes, 1)
+        ]
+        ledger.settle(told)
+        ledger.begin("r")
+        left = list(ledger.rows("SELECT * FROM scenes ORDER BY id"))
+        for before, row in zip(told, left, strict=True):
+            first = left[before[1]["twin"] - 1]
+            there = first["state"] in (DONE, INCOMPLETE) and first["fingerprint"] == row["fingerprint"]
+            expected = before[1]["state"] if before[1]["state"] != DUPLICATE or there else "planned"
+            assert row["state"] == expected
 
 
 @given(st.binary(min_size=1, max_size=3000), st.integers(0, 2999))

@@ -236,7 +236,8 @@ class Ledger:
 
     def begin(self, recipe: str) -> int:
         """Make the rows ready for a run with a recipe: what an earlier run left half done is planned, what has another
-        recipe is stale. Gives how many are stale.
+        recipe is stale, and what was a duplicate of a scene that is no longer there has its own turn. Gives how many
+        are stale.
         """
         with self._writing() as db:
             # What was under way when a run ended has its turn again; the interrupted attempt does not count.
@@ -253,6 +254,11 @@ class Ledger:
                 "UPDATE scenes SET state = 'planned', attempts = 0, twin = NULL, reason = NULL"
                 " WHERE state IN ('failed', 'duplicate') AND recipe <> ?",
                 (recipe,),
+            )
+            db.execute(
+                "UPDATE scenes SET state = 'planned', attempts = 0, twin = NULL WHERE state = 'duplicate'"
+                " AND NOT EXISTS (SELECT 1 FROM scenes AS first WHERE first.id = scenes.twin"
+                " AND first.fingerprint = scenes.fingerprint AND first.state IN ('done', 'incomplete'))"
             )
         return int(self.one("SELECT count(*) FROM scenes WHERE state = 'stale'"))
 
