@@ -201,38 +201,50 @@ class Ledger:
             db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
 
     def plan(self, items: Iterable[Item]) -> int:
-        """Add scenes, or renew those whose size, stamp, sensor or options changed; gives how many were told.
+        """Add scenes, or renew those whose size, stamp, sensor, options or fault changed; gives how many were told.
 
         A scene that changed after it was done is stale. Nothing is touched but the ledger.
         """
         stream, told = iter(items), 0
         fresh = self.one("SELECT 1 FROM scenes LIMIT 1") is None
-        if fresh:  # an index made at the end is made in a third of the time
-            with self._told():
+        with self._told():
+            if fresh:  # an index made at the end is made in a third of the time
                 self._db.execute("DROP INDEX by_turn")
-        while batch := list(islice(stream, _BATCH)):
-            when = now()
-            rows = [
-                (
-                    i.source,
-                    i.sensor,
-                    options_text(i.options),
-                    i.priority,
-                    i.size,
-                    i.stamp,
-                    FAILED if i.fault else PLANNED,
-                    i.fault or None,
-                    when,
-                )
-                for i in batch
-            ]
-            with self._writing() as db:
-                db.executemany(_PLAN, rows)
-            told += len(batch)
-        if fresh:
-            with self._told():
+            try:
+                while batch := list(islice(stream, _BATCH)):
+                    self._plan(batch, fresh)
+                    told += len(batch)
+            finally:
                 self._db.execute(_BY_TURN)
         return told
+
+    def _plan(self, batch: Sequence[Item], fresh: bool) -> None:
+        when = now()
+        rows = [
+            (
+                i.source,
+                i.sensor,
+                options_text(i.options),
+                i.priority,
+                i.size,
+                i.stamp,
+                FAILED if i.fault else PLANNED,
+                i.fault or None,
+                when,
+            )
+            for i in batch
+        ]
+        with self._writing() as db:
+            db.executemany(_PLAN, rows)
+            if not fresh:
+                db.executemany(
+                    "UPDATE scenes SET priority = ?1 WHERE source = ?2 AND priority <> ?1",
+                    [(i.priority, i.source) for i in batch if not i.fault],
+                )
+                db.executemany(
+                    "DELETE FROM scenes WHERE source = ? AND state = 'failed' AND output IS NULL",
+                    [(i.faulty,) for i in batch if i.faulty],
+                )
 
     def begin(self, recipe: str) -> int:
         """Make the rows ready for a run with a recipe: what an earlier run left half done is planned, what has another
@@ -252,7 +264,7 @@ class Ledger:
             )
             db.execute(
                 "UPDATE scenes SET state = 'planned', attempts = 0, twin = NULL, reason = NULL"
-                " WHERE state IN ('failed', 'duplicate') AND recipe <> ?",
+                " WHERE state IN ('failed', 'duplicate') AND attempts > 0 AND recipe <> ?",
                 (recipe,),
             )
             db.execute(
@@ -308,8 +320,11 @@ class Ledger:
             )
 
     def retry(self, pattern: str | None = None) -> int:
-        """Plan failed and incomplete scenes anew, those whose reason holds `pattern` where given; gives how many."""
-        where, values = "state IN ('failed', 'incomplete')", []
+        """Plan failed and incomplete scenes anew, those whose reason holds `pattern` where given; gives how many.
+
+        What nobody attempted is a fault of the plan, and waits for a better one.
+        """
+        where, values = "state IN ('failed', 'incomplete') AND attempts > 0", []
         if pattern:
             where += " AND instr(lower(reason), lower(?)) > 0"
             values = [pattern]
@@ -359,4 +374,6 @@ ON CONFLICT (source) DO UPDATE SET
 WHERE scenes.options IS NOT excluded.options OR scenes.asked IS NOT excluded.asked
   OR (excluded.size IS NOT NULL AND scenes.size IS NOT excluded.size)
   OR (excluded.stamp IS NOT NULL AND scenes.stamp IS NOT excluded.stamp)
+  OR (excluded.reason IS NOT NULL AND scenes.reason IS NOT excluded.reason)
+  OR (excluded.reason IS NULL AND scenes.state = 'failed' AND scenes.attempts = 0)
 """
