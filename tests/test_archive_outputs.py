@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pyogrio
 import pystac
 import pytest
+import rasterio
 import shapely
 from bright_archive import go, make_archive, write_ships
 from click.testing import CliRunner
@@ -112,7 +113,7 @@ def test_one_file_for_qgis_holds_what_has_a_place(results, tmp_path, suffix):
             export(ledger, done.path)
         export(ledger, done.path, overwrite=True)
     info = pyogrio.read_info(done.path, layer="detections")
-    assert info["features"] == done.detections - plain and info["crs"] == "EPSG:4326"
+    assert info["features"] == done.detections == recorded(results)[0] - plain and info["crs"] == "EPSG:4326"
     assert {"class", "score", "source", "acquired"} <= set(info["fields"])
     assert [p.name for p in tmp_path.iterdir()] == [f"all{suffix}"]
 
@@ -210,15 +211,24 @@ def test_of_doubles_across_scenes_the_best_stays_as_in_a_plain_reference(frame):
     assert np.flatnonzero(best_of_doubles(frame)).tolist() == plain_best(frame)
 
 
-def test_doubles_of_overlapping_scenes_are_exported_once(tmp_path):
-    ships = write_ships(tmp_path / "in" / "a.tif", 3)
-    write_ships(tmp_path / "in" / "b.tif", 3, compress="deflate")  # another file of the same ground and time
+@pytest.mark.parametrize("times", [("01T11:59:45", "01T12:00:10"), ("01T23:59:45", "02T00:00:10")])
+def test_doubles_of_overlapping_scenes_are_exported_once_be_it_over_midnight(tmp_path, times):
+    for name, time, more in zip(
+        "ab", times, ({}, {"compress": "deflate"}), strict=True
+    ):  # of the same ground
+        path = tmp_path / "in" / f"{name}.tif"
+        ships = write_ships(path, 3, **more)
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(ACQUISITION_DATETIME=f"2026-03-{time}Z")
     go(tmp_path / "in", tmp_path / "out")
     with Ledger(tmp_path / "out") as ledger:
-        all_of_them = export(ledger, tmp_path / "all.gpkg")
-        once = export(ledger, tmp_path / "once.gpkg", once=True)
-    assert (all_of_them.detections, once.dropped) == (2 * ships, ships)
-    assert pyogrio.read_info(once.path)["features"] == ships
+        whole, once = (export(ledger, tmp_path / name, once=name == "once") for name in ("all", "once"))
+    assert (whole.detections, whole.dropped) == (2 * ships, 0)
+    assert (once.detections, once.dropped) == (ships, ships)
+    assert {p.name for p in whole.path.iterdir()} == {f"date=2026-03-{time[:2]}" for time in times}
+    frame = gpd.read_parquet(whole.path)
+    assert (frame["date"].astype(str) == frame["acquired"].dt.strftime("%Y-%m-%d")).all()
+    assert len(gpd.read_parquet(once.path)) == ships
 
 
 @given(st.floats(-180, 179.99), st.floats(-90, 90))
