@@ -153,6 +153,8 @@ def test_an_export_elsewhere_or_of_another_kind_is_refused(results, tmp_path):
     with Ledger(results) as ledger:
         with pytest.raises(ParameterError, match="no kind of export"):
             export(ledger, tmp_path / "all.shp")
+        with pytest.raises(OutputError, match='all!.fgb cannot be written: a "!" in the name'):
+            export(ledger, tmp_path / "all!.fgb")
         with pytest.raises(OutputError, match="is not a directory"):
             export(ledger, tmp_path / "no" / "all.gpkg")
 

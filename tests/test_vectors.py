@@ -442,18 +442,27 @@ def test_geojson_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
         ("nowhere/out.gpkg", "not a directory; create it"),
         ("file/out.gpkg", "not a directory; create it"),
         ("folder.gpkg", "is a directory"),
+        ("new!.gpkg", r'new!\.gpkg cannot be written: a "!" in the name .* rename it'),
+        ("new!/out.geojson", r'new!/out\.geojson cannot be written: a "!" in the name .* rename it'),
     ],
 )
 def test_targets_that_cannot_be_are_refused_in_one_line(
     tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame, name: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "new!").mkdir()
     (tmp_path / "folder.gpkg").mkdir()
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OutputError, match=message) as caught:
         vectors.write(tmp_path / name, found, ground, PROVENANCE, overwrite=True)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_parquet_may_have_any_name(tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame) -> None:
+    (tmp_path / "new!").mkdir()
+    path = vectors.write(tmp_path / "new!" / "o!.parquet", found, ground, PROVENANCE)
+    assert len(vectors.read_result(path).features) == len(found)
 
 
 def test_an_unwritable_directory_is_refused(found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame) -> None:

@@ -24,7 +24,7 @@ import shapely
 
 from babelrs_geo.archive.ledger import Ledger
 from babelrs_geo.errors import GeorefError, OutputError, ParameterError
-from babelrs_geo.vectors import drop_journals
+from babelrs_geo.vectors import check_name, drop_journals
 
 CRS = "EPSG:4326"
 DEGREES = 10
@@ -72,6 +72,7 @@ def export(
         raise ParameterError(
             f"{path} is no kind of export; name a folder for a dataset, or end it in .gpkg or .fgb"
         )
+    check_name(path)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists; pass --overwrite to replace it, or another name with -o")
     if not path.parent.is_dir():

@@ -29,6 +29,7 @@ from babelrs_geo.vectors.areas import read_area
 from babelrs_geo.vectors.files import (
     PROVENANCE_KEY,
     SUFFIXES,
+    check_name,
     check_target,
     clock,
     drop_journals,
@@ -47,6 +48,7 @@ __all__ = [
     "Origin",
     "Result",
     "area_km2",
+    "check_name",
     "check_target",
     "clock",
     "coverage",
