@@ -21,7 +21,7 @@ import rasterio
 import shapely
 from bright_archive import go, make_archive, write_ships
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
@@ -32,7 +32,7 @@ from babelrs_geo.archive.check import verify
 from babelrs_geo.archive.drawing import png
 from babelrs_geo.archive.export import best_of_doubles, cells, export
 from babelrs_geo.archive.ledger import Ledger
-from babelrs_geo.archive.outputs import remove
+from babelrs_geo.archive.outputs import files_of, output_of, remove
 from babelrs_geo.archive.report import report
 from babelrs_geo.errors import OutputError, ParameterError
 
@@ -133,6 +133,14 @@ def sound(path: Path) -> bool:
         return state == "ok" and ("old",) not in file.execute("SELECT description FROM gpkg_contents")
 
 
+@example("衛" * 78)
+@given(st.text("a é衛𐐷", min_size=1, max_size=200))
+def test_a_result_is_called_after_its_scene_as_far_as_a_file_system_allows(name):
+    output = output_of(f"/scenes/{name}.tif", "0" * 32, ".parquet")
+    for file in files_of(output):
+        assert len(Path(file).name.encode()) < 200 and Path(file).parts[:2] == ("results", "0" * 12)
+
+
 def test_a_result_that_qgis_shows_is_replaced_and_removed_with_its_journal(tmp_path):
     write_ships(tmp_path / "in" / "a.tif", 4)
     go(tmp_path / "in", tmp_path / "out", suffix=".gpkg")
@@ -153,7 +161,7 @@ def test_an_export_elsewhere_or_of_another_kind_is_refused(results, tmp_path):
     with Ledger(results) as ledger:
         with pytest.raises(ParameterError, match="no kind of export"):
             export(ledger, tmp_path / "all.shp")
-        with pytest.raises(OutputError, match='all!.fgb cannot be written: a "!" in the name'):
+        with pytest.raises(OutputError, match=r'all!\.fgb cannot be written: a "!" in the name'):
             export(ledger, tmp_path / "all!.fgb")
         with pytest.raises(OutputError, match="is not a directory"):
             export(ledger, tmp_path / "no" / "all.gpkg")

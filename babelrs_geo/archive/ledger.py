@@ -24,6 +24,7 @@ from babelrs_geo.errors import OutputError, ParameterError
 
 NAME = "ledger.sqlite"
 LOCK = "run.lock"
+_MOUNTS = Path("/proc/self/mountinfo")
 
 PLANNED, RUNNING, DONE, INCOMPLETE = "planned", "running", "done", "incomplete"
 STALE, DUPLICATE, FAILED = "stale", "duplicate", "failed"
@@ -34,7 +35,10 @@ WITH_OUTPUT = (DONE, INCOMPLETE, STALE)
 
 _LAYOUT = 1
 _BATCH = 20_000
-_NETWORK = ("nfs", "cifs", "smb", "fuse.sshfs", "lustre", "gpfs", "beegfs", "9p", "ceph", "afs", "glusterfs")
+# As mounts begin to be called. Those by FUSE, such as fuse.glusterfs, fuse.ceph-fuse and fuse.sshfs, are most of them
+# remote, and for the rest the journal that works everywhere will do; fuseblk is a disk.
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "pvfs2", "panfs", "fuse")
+_DISK = "fuseblk"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -84,9 +88,14 @@ def key_of(source: str) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder for this run alone. Raises OutputError that names the run which has it."""
+    """The folder for this run alone. Raises OutputError that names the run which has it, or where nobody can."""
     path = folder / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}); check the folder's permissions, or work on a copy"
+        ) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +117,7 @@ def locked(folder: Path) -> Iterator[None]:
 def on_network(folder: Path) -> bool:
     """Whether a folder lies on a network file system, where SQLite's write-ahead log does not work."""
     try:
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        mounts = os.fsdecode(_MOUNTS.read_bytes()).splitlines()
     except OSError:
         return True  # unknown: the journal that works everywhere
     best, kind = "", ""
@@ -118,7 +127,7 @@ def on_network(folder: Path) -> bool:
         point = head.split()[4].replace("\\040", " ")
         if len(point) >= len(best) and (real == point or real.startswith(point.rstrip("/") + "/")):
             best, kind = point, tail.split()[0]
-    return kind.startswith(_NETWORK)
+    return kind.startswith(_NETWORK) and kind != _DISK
 
 
 class Ledger:
@@ -151,8 +160,23 @@ class Ledger:
                         f"{self.path} has layout {layout}, this release knows {_LAYOUT}; write elsewhere with -o"
                     )
             else:
-                self._db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+                self._db = self._opened_to_read()
         self._db.row_factory = sqlite3.Row
+
+    def _opened_to_read(self) -> sqlite3.Connection:
+        address = f"{self.path.absolute().as_uri()}?mode=ro"
+        database = sqlite3.connect(address, uri=True, timeout=30)
+        try:
+            database.execute("SELECT 1 FROM sqlite_master")
+        except sqlite3.OperationalError as error:
+            # SQLite shares a log by a file that it cannot make in a folder that cannot be written. Where there is no
+            # log, nobody writes either, and it needs none.
+            refused = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+            if not refused or any(Path(f"{self.path}{end}").exists() for end in ("-wal", "-journal")):
+                raise
+            database.close()
+            database = sqlite3.connect(f"{address}&immutable=1", uri=True)
+        return database
 
     def __enter__(self) -> Ledger:
         return self
