@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 import warnings
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,18 +17,22 @@ import pyarrow.parquet as pq
 import pyogrio
 import pystac
 import pytest
+import rasterio
 import shapely
 from bright_archive import go, make_archive, write_ships
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
+from test_vectors import shown
 
 from babelrs_geo import cli
+from babelrs_geo.archive.check import verify
 from babelrs_geo.archive.drawing import png
 from babelrs_geo.archive.export import best_of_doubles, cells, export
 from babelrs_geo.archive.ledger import Ledger
+from babelrs_geo.archive.outputs import files_of, output_of, remove
 from babelrs_geo.archive.report import report
 from babelrs_geo.errors import OutputError, ParameterError
 
@@ -107,15 +113,56 @@ def test_one_file_for_qgis_holds_what_has_a_place(results, tmp_path, suffix):
             export(ledger, done.path)
         export(ledger, done.path, overwrite=True)
     info = pyogrio.read_info(done.path, layer="detections")
-    assert info["features"] == done.detections - plain and info["crs"] == "EPSG:4326"
+    assert info["features"] == done.detections == recorded(results)[0] - plain and info["crs"] == "EPSG:4326"
     assert {"class", "score", "source", "acquired"} <= set(info["fields"])
     assert [p.name for p in tmp_path.iterdir()] == [f"all{suffix}"]
+
+
+def test_an_export_over_one_that_qgis_shows_is_sound(results, tmp_path):
+    with Ledger(results) as ledger:
+        path = export(ledger, tmp_path / "all.gpkg").path
+        with closing(shown(path)):
+            export(ledger, path, overwrite=True)
+            assert sound(path) and [p.name for p in tmp_path.iterdir()] == ["all.gpkg"]
+
+
+def sound(path: Path) -> bool:
+    """Whether a GeoPackage is whole, and nothing of an earlier one is in it."""
+    with closing(sqlite3.connect(path)) as file:
+        (state,) = file.execute("PRAGMA integrity_check").fetchone()
+        return state == "ok" and ("old",) not in file.execute("SELECT description FROM gpkg_contents")
+
+
+@example("衛" * 78)
+@given(st.text("a é衛𐐷", min_size=1, max_size=200))
+def test_a_result_is_called_after_its_scene_as_far_as_a_file_system_allows(name):
+    output = output_of(f"/scenes/{name}.tif", "0" * 32, ".parquet")
+    for file in files_of(output):
+        assert len(Path(file).name.encode()) < 200 and Path(file).parts[:2] == ("results", "0" * 12)
+
+
+def test_a_result_that_qgis_shows_is_replaced_and_removed_with_its_journal(tmp_path):
+    write_ships(tmp_path / "in" / "a.tif", 4)
+    go(tmp_path / "in", tmp_path / "out", suffix=".gpkg")
+    with Ledger(tmp_path / "out") as ledger:
+        output = str(ledger.one("SELECT output FROM scenes"))
+    with closing(shown(tmp_path / "out" / output)):
+        ships = write_ships(tmp_path / "in" / "a.tif", 5, side=160)
+        assert go(tmp_path / "in", tmp_path / "out", suffix=".gpkg").worked == 1
+        assert sound(tmp_path / "out" / output)
+        with Ledger(tmp_path / "out") as ledger:
+            assert verify(ledger).clean and ledger.totals()["detections"] == ships
+    with closing(shown(tmp_path / "out" / output)):
+        remove(tmp_path / "out", output)
+        assert not list((tmp_path / "out" / output).parent.iterdir())
 
 
 def test_an_export_elsewhere_or_of_another_kind_is_refused(results, tmp_path):
     with Ledger(results) as ledger:
         with pytest.raises(ParameterError, match="no kind of export"):
             export(ledger, tmp_path / "all.shp")
+        with pytest.raises(OutputError, match=r'all!\.fgb cannot be written: a "!" in the name'):
+            export(ledger, tmp_path / "all!.fgb")
         with pytest.raises(OutputError, match="is not a directory"):
             export(ledger, tmp_path / "no" / "all.gpkg")
 
@@ -174,15 +221,24 @@ def test_of_doubles_across_scenes_the_best_stays_as_in_a_plain_reference(frame):
     assert np.flatnonzero(best_of_doubles(frame)).tolist() == plain_best(frame)
 
 
-def test_doubles_of_overlapping_scenes_are_exported_once(tmp_path):
-    ships = write_ships(tmp_path / "in" / "a.tif", 3)
-    write_ships(tmp_path / "in" / "b.tif", 3, compress="deflate")  # another file of the same ground and time
+@pytest.mark.parametrize("times", [("01T11:59:45", "01T12:00:10"), ("01T23:59:45", "02T00:00:10")])
+def test_doubles_of_overlapping_scenes_are_exported_once_be_it_over_midnight(tmp_path, times):
+    for name, time, more in zip(
+        "ab", times, ({}, {"compress": "deflate"}), strict=True
+    ):  # of the same ground
+        path = tmp_path / "in" / f"{name}.tif"
+        ships = write_ships(path, 3, **more)
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(ACQUISITION_DATETIME=f"2026-03-{time}Z")
     go(tmp_path / "in", tmp_path / "out")
     with Ledger(tmp_path / "out") as ledger:
-        all_of_them = export(ledger, tmp_path / "all.gpkg")
-        once = export(ledger, tmp_path / "once.gpkg", once=True)
-    assert (all_of_them.detections, once.dropped) == (2 * ships, ships)
-    assert pyogrio.read_info(once.path)["features"] == ships
+        whole, once = (export(ledger, tmp_path / name, once=name == "once") for name in ("all", "once"))
+    assert (whole.detections, whole.dropped) == (2 * ships, 0)
+    assert (once.detections, once.dropped) == (ships, ships)
+    assert {p.name for p in whole.path.iterdir()} == {f"date=2026-03-{time[:2]}" for time in times}
+    frame = gpd.read_parquet(whole.path)
+    assert (frame["date"].astype(str) == frame["acquired"].dt.strftime("%Y-%m-%d")).all()
+    assert len(gpd.read_parquet(once.path)) == ships
 
 
 @given(st.floats(-180, 179.99), st.floats(-90, 90))

@@ -9,8 +9,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,10 +21,12 @@ import numpy as np
 import pytest
 import rasterio
 from bright_archive import SMALL, BrightWork, go, make_archive, write_ships
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 
+from babelrs_geo import cli
 from babelrs_geo.archive.cell import Limits
 from babelrs_geo.archive.ledger import DONE, DUPLICATE, FAILED, INCOMPLETE, STALE, Ledger, locked, on_network
 from babelrs_geo.archive.outputs import files_of
@@ -173,6 +177,52 @@ def test_duplicates_are_found_and_the_first_is_kept(tmp_path):
         assert (found[name]["state"], found[name]["twin"], found[name]["output"]) == (
             DUPLICATE, found[first]["id"], None)  # fmt: skip
     assert len(list((tmp_path / "out" / "results").rglob("*_coverage.parquet"))) == 3
+
+
+@pytest.mark.parametrize("fate", ["another", "corrupt"])
+def test_a_duplicate_has_its_own_turn_once_its_twin_is_another_scene(tmp_path, fate):
+    ships = write_ships(tmp_path / "in" / "a.tif", 5)
+    for name in ("b.tif", "c.tif"):
+        shutil.copy(tmp_path / "in" / "a.tif", tmp_path / "in" / name)
+    assert go(tmp_path / "in", tmp_path / "out").counts[DUPLICATE] == 2
+    if fate == "another":
+        write_ships(tmp_path / "in" / "a.tif", 9, side=80)
+    else:
+        (tmp_path / "in" / "a.tif").write_text("no raster")
+    go(tmp_path / "in", tmp_path / "out")
+    found = rows(tmp_path / "out")
+    assert found["a.tif"]["state"] == (DONE if fate == "another" else FAILED)
+    assert (found["b.tif"]["state"], found["b.tif"]["detections"]) == (DONE, ships)
+    assert (found["c.tif"]["state"], found["c.tif"]["twin"]) == (DUPLICATE, found["b.tif"]["id"])
+    assert go(tmp_path / "in", tmp_path / "out").worked == 0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([DONE, INCOMPLETE, FAILED, STALE, DUPLICATE]),
+            st.sampled_from("xy"),
+            st.integers(1, 5),
+        ),
+        min_size=5,
+        max_size=5,
+    )
+)
+def test_when_a_run_begins_every_duplicate_has_a_twin_of_its_content_that_is_there(scenes):
+    with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder), write=True) as ledger:
+        ledger.plan(Item(f"{n}", f"{n}") for n in range(5))
+        told = [
+            (n, {"state": state, "fingerprint": mark, "twin": twin, "recipe": "r", "output": "o"})
+            for n, (state, mark, twin) in enumerate(scenes, 1)
+        ]
+        ledger.settle(told)
+        ledger.begin("r")
+        left = list(ledger.rows("SELECT * FROM scenes ORDER BY id"))
+        for before, row in zip(told, left, strict=True):
+            first = left[before[1]["twin"] - 1]
+            there = first["state"] in (DONE, INCOMPLETE) and first["fingerprint"] == row["fingerprint"]
+            expected = before[1]["state"] if before[1]["state"] != DUPLICATE or there else "planned"
+            assert row["state"] == expected
 
 
 @given(st.binary(min_size=1, max_size=3000), st.integers(0, 2999))
@@ -338,6 +388,68 @@ def test_what_is_secret_in_an_address_is_in_no_file_and_no_reason(tmp_path):
     assert rows(tmp_path / "out")["a.tif"]["source"] == "http://127.0.0.1:9/a.tif"
     for path in (tmp_path / "out").rglob("*"):
         assert not path.is_file() or b"topsecret" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("kind", "network"),
+    [
+        ("ext4", False),
+        ("fuseblk", False),
+        ("overlay", False),
+        ("nfs4", True),
+        ("smb3", True),
+        ("ceph", True),
+        ("fuse.ceph-fuse", True),
+        ("fuse.glusterfs", True),
+        ("fuse.sshfs", True),
+    ],
+)
+def test_network_file_systems_are_known_by_what_their_mounts_are_called(tmp_path, monkeypatch, kind, network):
+    (tmp_path / "the share").mkdir()
+    place = str(tmp_path / "the share").replace(" ", "\\040")
+    lines = f"27 1 254:0 / / rw - ext4 /dev/vda rw\n28 27 0:25 / {place} rw shared:1 - {kind} caf\xe9:/x rw\n"
+    (tmp_path / "mountinfo").write_bytes(lines.encode("latin-1"))
+    monkeypatch.setattr("babelrs_geo.archive.ledger._MOUNTS", tmp_path / "mountinfo")
+    assert on_network(tmp_path / "the share") is network and on_network(tmp_path) is False
+
+
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """An archive that was copied to where one may read and not write."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        with Ledger(folder, write=True) as ledger:
+            ledger.plan([Item("a", "a"), Item("b", "b", fault="no scene")])
+        assert [path.name for path in folder.iterdir()] == ["ledger.sqlite"]
+        folder.chmod(0o555)
+        root = os.geteuid() == 0
+        if root:  # who writes whatever the permissions say
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+
+
+def test_an_archive_that_cannot_be_written_is_read_and_a_run_is_told_in_one_line(read_only):
+    with Ledger(read_only) as ledger:
+        assert ledger.counts()["planned"] == 1 and ledger.failures() == [("b", "no scene")]
+    with (
+        pytest.raises(OutputError, match=r"run\.lock cannot be written \(Permission denied\)"),
+        locked(read_only),
+    ):
+        pass
+    for verb, code, words in [
+        ("status", 0, "failed: b: no scene"),
+        ("verify", 0, ""),
+        ("export", 1, "cannot be written ([Errno 13] Permission denied"),
+        ("retry", 1, "run.lock cannot be written (Permission denied)"),
+    ]:
+        where = ["-o", str(read_only / "all")] if verb == "export" else []
+        done = CliRunner().invoke(cli.main, ["archive", verb, str(read_only), *where])
+        assert done.exit_code == code and words in done.stderr and done.stderr.count("\n") == bool(words)
 
 
 def test_the_ledger_says_which_journal_suits_the_folder(tmp_path):

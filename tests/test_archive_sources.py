@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,8 +21,9 @@ from make_safe import CORNER, NAME, START, grid_points, make_safe, zipped
 from shapely.geometry import Point
 
 from babelrs_geo.archive.addresses import bare, scrub
+from babelrs_geo.archive.ledger import Ledger
 from babelrs_geo.archive.safe import opened
-from babelrs_geo.archive.sources import find
+from babelrs_geo.archive.sources import Item, find
 from babelrs_geo.archive.stac import Search, read_items, search
 from babelrs_geo.errors import LabelError, ParameterError, SceneError
 from babelrs_geo.scenes import SceneOptions, open_scene
@@ -71,6 +73,28 @@ def test_a_folder_is_searched_by_name_and_results_and_hidden_files_are_no_scenes
     assert all(item.path == item.source for item in found)
 
 
+def test_links_back_into_a_folder_are_not_followed_and_those_elsewhere_are(tmp_path):
+    make_archive(tmp_path / "in" / "sub", 1)
+    make_archive(tmp_path / "elsewhere", 1)
+    links = {"here": ".", "sub/top": "..", "itself": "itself", "more": "../elsewhere", "odd.tif": "odd.tif"}
+    for link, target in links.items():
+        (tmp_path / "in" / link).symlink_to(target)
+    found = [str(Path(item.source).relative_to(tmp_path / "in")) for item in find([str(tmp_path / "in")])]
+    assert found == ["more/s000.tif", "odd.tif", "sub/s000.tif"]
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.tif", "caf*/*.tif"])
+def test_a_name_that_is_not_utf_8_costs_itself_alone(tmp_path, pattern):
+    make_archive(tmp_path / "café", 1)
+    latin = tmp_path / os.fsdecode(b"caf\xe9")
+    latin.mkdir()
+    (latin / "a.tif").touch()
+    with Ledger(tmp_path, write=True) as ledger:
+        assert ledger.plan(find([str(tmp_path / pattern)])) == 2
+        ((source, reason),) = ledger.failures()
+    assert source == f"{tmp_path}/caf\\xe9/a.tif" and reason == f"{source} is not named in UTF-8; rename it"
+
+
 def test_globs_and_single_scenes(tmp_path, monkeypatch):
     make_archive(tmp_path, 3)
     monkeypatch.chdir(tmp_path)
@@ -79,6 +103,9 @@ def test_globs_and_single_scenes(tmp_path, monkeypatch):
         f"s{n:03d}.tif" for n in range(3)
     ]
     assert [i.source for i in find(["s000.tif"])] == [str(tmp_path / "s000.tif")]
+    make_archive(tmp_path / "run [2026]", 1)
+    monkeypatch.chdir(tmp_path / "run [2026]")
+    assert [i.source for i in find(["*.tif"])] == [str(tmp_path / "run [2026]" / "s000.tif")]
     with pytest.raises(ParameterError, match="matches nothing"):
         list(find(["x*.tif"]))
     with pytest.raises(ParameterError, match="nowhere does not exist"):
@@ -117,6 +144,61 @@ def test_manifests_say_sensor_and_options_by_scene_and_a_bad_row_is_that_row_alo
         assert (b.sensor, b.options, b.priority) == ("rgb", {"bands": [3, 2, 1]}, 2.5)
         assert 'sensor "lidar"' in c.fault and "cannot be understood" in d.fault
         assert not (a.fault or b.fault)
+
+
+def test_a_text_file_of_windows_is_read_without_its_mark(tmp_path):
+    (tmp_path / "list.txt").write_bytes("\ufeff/data/a.tif\r\n/data/b.tif\r\n".encode())
+    assert [item.source for item in find([str(tmp_path / "list.txt")])] == ["/data/a.tif", "/data/b.tif"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_what_pandas_writes_of_numbers_that_are_missing_in_some_rows_is_understood(tmp_path, kind):
+    path = tmp_path / f"m.{kind}"
+    columns = {"size": [123456, None], "bands": [3, None], "priority": [2, None], "height": [1.5, None]}
+    frame = gpd.pd.DataFrame({"scene": ["/a.tif", "/b.tif"], "sensor": ["sar", None]} | columns)
+    frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
+    a, b = find([str(path)])
+    assert (a.size, a.priority, a.options, a.fault) == (123456, 2, {"bands": [3], "height": 1.5}, "")
+    assert b == Item("/b.tif", "/b.tif")
+
+
+@pytest.mark.parametrize(
+    "row", ["1,9e99,", "1,inf,", "1,7.5,", "nan,7,", "high,7,", "1,7,3.5", "1,99999999999999999999,"]
+)
+def test_numbers_that_are_none_cost_their_row_alone_until_they_are_corrected(tmp_path, row):
+    path = tmp_path / "m.csv"
+    with Ledger(tmp_path, write=True) as ledger:
+        for text, state in ((row, "failed"), (row, "failed"), ("4,7,2", "planned"), (row, "failed")):
+            path.write_text(f"scene,priority,size,bands\n/a.tif,{text}\n/b.tif,1,7,\n")
+            assert ledger.plan(find([str(path)])) == 2
+            assert [each["state"] for each in ledger.rows("SELECT state FROM scenes")] == [state, "planned"]
+            assert ledger.retry() == 0
+            ledger.begin("a recipe")
+            assert ledger.counts()["failed"] == (state == "failed")
+
+
+def test_a_priority_that_changed_moves_a_scene_and_makes_it_no_new_one(tmp_path):
+    with Ledger(tmp_path, write=True) as ledger:
+        ledger.plan(Item(name, name, size=7) for name in "ab")
+        ledger.settle([(1, {"state": "done", "output": "o"})])
+        ledger.plan(Item(name, name, size=7, priority=5) for name in "ab")
+        assert [tuple(row) for row in ledger.rows("SELECT state, priority FROM scenes")] == [
+            ("done", 5),
+            ("planned", 5),
+        ]
+
+
+def test_planning_that_fails_may_be_tried_again(tmp_path):
+    def broken():
+        raise LabelError("no manifest")
+        yield
+
+    with Ledger(tmp_path, write=True) as ledger:
+        for _ in range(2):
+            with pytest.raises(LabelError, match="no manifest"):
+                ledger.plan(broken())
+        ledger.plan([Item("a", "a")])
+        assert len(ledger.take(1)) == 1
 
 
 def test_a_manifest_without_scenes_is_refused(tmp_path):
@@ -171,6 +253,12 @@ def test_an_item_collection_gives_the_asset_named_or_the_only_raster(tmp_path):
     assert (one.source, one.sensor, one.size) == ("https://store/one-vv.tif", "sar", 7)
     assert one.path.endswith(SECRET)
     assert 'no asset "vv", it has data' in two.fault
+    with Ledger(tmp_path, write=True) as ledger:
+        ledger.plan(find([str(path)]))
+        assert (ledger.counts()["failed"], ledger.retry()) == (1, 0)
+        ledger.plan(find([str(path)], asset="vv"))
+        ((failed, _),) = ledger.failures()
+        assert failed == f"{path}#two"  # the first is a scene now
     path.write_text(json.dumps({"type": "Catalog"}))
     with pytest.raises(LabelError, match="is a Catalog, expected a STAC ItemCollection"):
         list(find([str(path)]))

@@ -247,6 +247,8 @@ def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(OutputError):
         evaluation.write_report(folder, report(), {"x": full}, overwrite=True, picture=False)
     assert (folder / "report.json").read_bytes() == before
+    with pytest.raises(OutputError, match=r'r!/matches\.gpkg cannot be written: a "!"'):
+        evaluation.write_report(tmp_path / "r!", report(), {"matches.gpkg": full}, picture=False)
     evaluation.write_report(folder, report(), {"matches.gpkg": lambda p: p.touch()}, overwrite=True)
     assert {p.name for p in folder.iterdir()} == {
         "notes.txt",
@@ -255,6 +257,7 @@ def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
         "pr.png",
         "matches.gpkg",
     }
+    (folder / "matches.gpkg-wal").write_text("of the layer that goes")
     evaluation.write_report(folder, report(), overwrite=True, picture=False)
     assert {p.name for p in folder.iterdir()} == {"notes.txt", "report.json", "report.md"}
 

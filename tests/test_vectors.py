@@ -442,18 +442,27 @@ def test_geojson_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
         ("nowhere/out.gpkg", "not a directory; create it"),
         ("file/out.gpkg", "not a directory; create it"),
         ("folder.gpkg", "is a directory"),
+        ("new!.gpkg", r'new!\.gpkg cannot be written: a "!" in the name .* rename it'),
+        ("new!/out.geojson", r'new!/out\.geojson cannot be written: a "!" in the name .* rename it'),
     ],
 )
 def test_targets_that_cannot_be_are_refused_in_one_line(
     tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame, name: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "new!").mkdir()
     (tmp_path / "folder.gpkg").mkdir()
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OutputError, match=message) as caught:
         vectors.write(tmp_path / name, found, ground, PROVENANCE, overwrite=True)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_parquet_may_have_any_name(tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame) -> None:
+    (tmp_path / "new!").mkdir()
+    path = vectors.write(tmp_path / "new!" / "o!.parquet", found, ground, PROVENANCE)
+    assert len(vectors.read_result(path).features) == len(found)
 
 
 def test_an_unwritable_directory_is_refused(found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame) -> None:
@@ -496,15 +505,21 @@ def test_the_companion_of_an_output_is_kept_too(
         vectors.write(tmp_path / "out.parquet", found, ground, PROVENANCE)
 
 
+def shown(path: Path) -> sqlite3.Connection:
+    """A GeoPackage with a log beside it, as QGIS has it while it shows a layer, and leaves it where it is ended."""
+    viewer = sqlite3.connect(path)
+    viewer.execute("PRAGMA journal_mode = WAL")
+    viewer.execute("UPDATE gpkg_contents SET description = 'old'")
+    viewer.commit()
+    assert path.with_name(f"{path.name}-wal").stat().st_size > 0
+    return viewer
+
+
 def test_the_journal_of_the_file_that_is_replaced_goes_with_it(
     tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame
 ) -> None:
     path = vectors.write(tmp_path / "out.gpkg", found, ground, PROVENANCE)
-    viewer = sqlite3.connect(path)  # as QGIS does while it shows the layer
-    viewer.execute("PRAGMA journal_mode = WAL")
-    viewer.execute("UPDATE provenance SET value = 'old'")
-    viewer.commit()
-    assert (tmp_path / "out.gpkg-wal").stat().st_size > 0
+    viewer = shown(path)
     vectors.write(path, found, ground, {"software": "new"}, overwrite=True)
     for _ in range(2):  # while the old file is open elsewhere, and after
         reader = sqlite3.connect(path)

@@ -24,6 +24,7 @@ import shapely
 
 from babelrs_geo.archive.ledger import Ledger
 from babelrs_geo.errors import GeorefError, OutputError, ParameterError
+from babelrs_geo.vectors import check_name, drop_journals
 
 CRS = "EPSG:4326"
 DEGREES = 10
@@ -43,6 +44,7 @@ class Exported:
     path: Path
     scenes: int
     detections: int
+    """Those in it: without doubles that were left out, and, in one file for QGIS, without those that have no place."""
     dropped: int
     """Detections left out because another scene of the same acquisition shows the same object with a better score."""
 
@@ -70,21 +72,19 @@ def export(
         raise ParameterError(
             f"{path} is no kind of export; name a folder for a dataset, or end it in .gpkg or .fgb"
         )
+    check_name(path)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists; pass --overwrite to replace it, or another name with -o")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} is not a directory; create it, or write elsewhere with -o")
     tally = _Tally()
-    frames = _days(ledger, tally, once, progress)
+    frames = _pieces(ledger, tally, once, progress)
     try:
         with tempfile.TemporaryDirectory(
             prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True
         ) as made:
             draft = Path(made) / path.name
-            if path.suffix == "":
-                _dataset(frames, draft)
-            else:
-                _file(frames, draft)
+            written = _dataset(frames, draft) if path.suffix == "" else _file(frames, draft)
             _replace(path, draft, Path(made) / "old")
     except (OSError, RuntimeError, pa.ArrowException) as error:
         if isinstance(error, OutputError):
@@ -92,13 +92,12 @@ def export(
         raise OutputError(
             f"{path} cannot be written ({' '.join(str(error).split())}); check the disk's space and permissions"
         ) from error
-    return Exported(path, tally.scenes, tally.detections, tally.dropped)
+    return Exported(path, tally.scenes, written, tally.dropped)
 
 
 @dataclass
 class _Tally:
     scenes: int = 0
-    detections: int = 0
     dropped: int = 0
 
 
@@ -106,39 +105,41 @@ def _replace(path: Path, draft: Path, old: Path) -> None:
     """Put a draft, file or folder, where something may be."""
     if path.exists():
         path.replace(old)
+    drop_journals(path)
     draft.replace(path)
     if old.is_dir():
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _days(
+def _pieces(
     ledger: Ledger, tally: _Tally, once: bool, progress: Progress | None
-) -> Iterator[tuple[str, gpd.GeoDataFrame]]:
-    """Features by date: pieces of about `_ROWS`, or, where doubles are to be dropped, whole acquisitions."""
+) -> Iterator[gpd.GeoDataFrame]:
+    """Features by date, in pieces of about `_ROWS`, or, where doubles are to be dropped, of whole acquisitions."""
     where = "state IN ('done', 'incomplete')"
     total = int(ledger.one(f"SELECT count(*) FROM scenes WHERE {where}"))
     waiting: list[gpd.GeoDataFrame] = []
-    rows, last, ended = 0, "", None
+    rows, begun, ended = 0, "", None
     query = f"SELECT source, output, acquired FROM scenes WHERE {where} ORDER BY acquired, id"
     for row in ledger.rows(query):
         date = (row["acquired"] or "unknown")[:10]
         when = None if row["acquired"] is None else pd.Timestamp(row["acquired"])
-        # Scenes of one pass follow one another within a minute.
+        # Scenes of one pass follow one another within a minute, be it over midnight.
         apart = ended is None or when is None or (when - ended).total_seconds() > 60
-        if waiting and (date != last or (rows > _ROWS and (apart or not once))):
-            yield last, _joined(waiting, tally, once)
+        if waiting and (date != begun or rows > _ROWS) and (apart or not once):
+            yield _joined(waiting, tally, once)
             waiting, rows = [], 0
+        if not waiting:
+            begun = date
         frame = _read(ledger.folder / row["output"], row["source"])
         tally.scenes += 1
-        tally.detections += len(frame)
         if len(frame):
             waiting.append(frame)
             rows += len(frame)
-        last, ended = date, when
+        ended = when
         if progress:
             progress(tally.scenes, total)
     if waiting:
-        yield last, _joined(waiting, tally, once)
+        yield _joined(waiting, tally, once)
 
 
 def _read(path: Path, source: str) -> gpd.GeoDataFrame:
@@ -220,15 +221,19 @@ def cells(frame: gpd.GeoDataFrame) -> np.ndarray[Any, Any]:
     return found
 
 
-def _dataset(frames: Iterator[tuple[str, gpd.GeoDataFrame]], folder: Path) -> None:
+def _dataset(frames: Iterator[gpd.GeoDataFrame], folder: Path) -> int:
+    """Parts by date and cell; gives how many rows they have."""
     folder.mkdir()
     parts: dict[Path, int] = defaultdict(int)
-    for date, frame in frames:
-        for cell, rows in frame.groupby(cells(frame), sort=True):
+    written = 0
+    for frame in frames:
+        dates = frame["acquired"].dt.strftime("%Y-%m-%d").fillna("unknown")
+        for (date, cell), rows in frame.groupby([dates.to_numpy(), cells(frame)], sort=True):
             home = folder / f"date={date}" / f"cell={cell}"
             home.mkdir(parents=True, exist_ok=True)
             part = home / f"part-{parts[home]}.parquet"
             parts[home] += 1
+            written += len(rows)
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore", RuntimeWarning
@@ -238,13 +243,14 @@ def _dataset(frames: Iterator[tuple[str, gpd.GeoDataFrame]], folder: Path) -> No
                 )
     if not parts:  # something a reader can open all the same
         pq.write_table(pa.table({"class": pa.array([], pa.string())}), folder / "part-0.parquet")
+    return written
 
 
-def _file(frames: Iterator[tuple[str, gpd.GeoDataFrame]], path: Path) -> None:
-    """One layer; FlatGeobuf cannot be added to, so it goes by way of a GeoPackage."""
+def _file(frames: Iterator[gpd.GeoDataFrame], path: Path) -> int:
+    """One layer, of so many rows as it gives; FlatGeobuf cannot be added to, so it goes by way of a GeoPackage."""
     whole = path if path.suffix == ".gpkg" else path.with_suffix(".gpkg")
-    some = False
-    for _, frame in frames:
+    written = 0
+    for frame in frames:
         placed = frame[frame.geometry.notna()]
         if len(placed):
             pyogrio.write_dataframe(
@@ -252,13 +258,13 @@ def _file(frames: Iterator[tuple[str, gpd.GeoDataFrame]], path: Path) -> None:
                 whole,
                 layer=_LAYER,
                 driver="GPKG",
-                append=some,
+                append=written > 0,
                 geometry_type="MultiPolygon",
                 promote_to_multi=True,
-                **({} if some else {"dataset_options": {"VERSION": "1.2"}}),
+                **({} if written else {"dataset_options": {"VERSION": "1.2"}}),
             )
-            some = True
-    if not some:
+            written += len(placed)
+    if not written:
         raise OutputError("no result has a place on the map: export a dataset, which keeps those without")
     if whole != path:
         meta, table = pyogrio.read_arrow(whole, layer=_LAYER)
@@ -272,6 +278,7 @@ def _file(frames: Iterator[tuple[str, gpd.GeoDataFrame]], path: Path) -> None:
             geometry_type="MultiPolygon",
             crs=CRS,
         )
+    return written
 
 
 __all__ = ["CRS", "DEGREES", "Exported", "best_of_doubles", "cells", "export"]

@@ -24,6 +24,7 @@ from babelrs_geo.errors import OutputError, ParameterError
 
 NAME = "ledger.sqlite"
 LOCK = "run.lock"
+_MOUNTS = Path("/proc/self/mountinfo")
 
 PLANNED, RUNNING, DONE, INCOMPLETE = "planned", "running", "done", "incomplete"
 STALE, DUPLICATE, FAILED = "stale", "duplicate", "failed"
@@ -34,7 +35,10 @@ WITH_OUTPUT = (DONE, INCOMPLETE, STALE)
 
 _LAYOUT = 1
 _BATCH = 20_000
-_NETWORK = ("nfs", "cifs", "smb", "fuse.sshfs", "lustre", "gpfs", "beegfs", "9p", "ceph", "afs", "glusterfs")
+# As mounts begin to be called. Those by FUSE, such as fuse.glusterfs, fuse.ceph-fuse and fuse.sshfs, are most of them
+# remote, and for the rest the journal that works everywhere will do; fuseblk is a disk.
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "pvfs2", "panfs", "fuse")
+_DISK = "fuseblk"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -84,9 +88,14 @@ def key_of(source: str) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder for this run alone. Raises OutputError that names the run which has it."""
+    """The folder for this run alone. Raises OutputError that names the run which has it, or where nobody can."""
     path = folder / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}); check the folder's permissions, or work on a copy"
+        ) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +117,7 @@ def locked(folder: Path) -> Iterator[None]:
 def on_network(folder: Path) -> bool:
     """Whether a folder lies on a network file system, where SQLite's write-ahead log does not work."""
     try:
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        mounts = os.fsdecode(_MOUNTS.read_bytes()).splitlines()
     except OSError:
         return True  # unknown: the journal that works everywhere
     best, kind = "", ""
@@ -118,7 +127,7 @@ def on_network(folder: Path) -> bool:
         point = head.split()[4].replace("\\040", " ")
         if len(point) >= len(best) and (real == point or real.startswith(point.rstrip("/") + "/")):
             best, kind = point, tail.split()[0]
-    return kind.startswith(_NETWORK)
+    return kind.startswith(_NETWORK) and kind != _DISK
 
 
 class Ledger:
@@ -151,8 +160,23 @@ class Ledger:
                         f"{self.path} has layout {layout}, this release knows {_LAYOUT}; write elsewhere with -o"
                     )
             else:
-                self._db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+                self._db = self._opened_to_read()
         self._db.row_factory = sqlite3.Row
+
+    def _opened_to_read(self) -> sqlite3.Connection:
+        address = f"{self.path.absolute().as_uri()}?mode=ro"
+        database = sqlite3.connect(address, uri=True, timeout=30)
+        try:
+            database.execute("SELECT 1 FROM sqlite_master")
+        except sqlite3.OperationalError as error:
+            # SQLite shares a log by a file that it cannot make in a folder that cannot be written. Where there is no
+            # log, nobody writes either, and it needs none.
+            refused = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+            if not refused or any(Path(f"{self.path}{end}").exists() for end in ("-wal", "-journal")):
+                raise
+            database.close()
+            database = sqlite3.connect(f"{address}&immutable=1", uri=True)
+        return database
 
     def __enter__(self) -> Ledger:
         return self
@@ -201,42 +225,55 @@ class Ledger:
             db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
 
     def plan(self, items: Iterable[Item]) -> int:
-        """Add scenes, or renew those whose size, stamp, sensor or options changed; gives how many were told.
+        """Add scenes, or renew those whose size, stamp, sensor, options or fault changed; gives how many were told.
 
         A scene that changed after it was done is stale. Nothing is touched but the ledger.
         """
         stream, told = iter(items), 0
         fresh = self.one("SELECT 1 FROM scenes LIMIT 1") is None
-        if fresh:  # an index made at the end is made in a third of the time
-            with self._told():
+        with self._told():
+            if fresh:  # an index made at the end is made in a third of the time
                 self._db.execute("DROP INDEX by_turn")
-        while batch := list(islice(stream, _BATCH)):
-            when = now()
-            rows = [
-                (
-                    i.source,
-                    i.sensor,
-                    options_text(i.options),
-                    i.priority,
-                    i.size,
-                    i.stamp,
-                    FAILED if i.fault else PLANNED,
-                    i.fault or None,
-                    when,
-                )
-                for i in batch
-            ]
-            with self._writing() as db:
-                db.executemany(_PLAN, rows)
-            told += len(batch)
-        if fresh:
-            with self._told():
+            try:
+                while batch := list(islice(stream, _BATCH)):
+                    self._plan(batch, fresh)
+                    told += len(batch)
+            finally:
                 self._db.execute(_BY_TURN)
         return told
 
+    def _plan(self, batch: Sequence[Item], fresh: bool) -> None:
+        when = now()
+        rows = [
+            (
+                i.source,
+                i.sensor,
+                options_text(i.options),
+                i.priority,
+                i.size,
+                i.stamp,
+                FAILED if i.fault else PLANNED,
+                i.fault or None,
+                when,
+            )
+            for i in batch
+        ]
+        with self._writing() as db:
+            db.executemany(_PLAN, rows)
+            if not fresh:
+                db.executemany(
+                    "UPDATE scenes SET priority = ?1 WHERE source = ?2 AND priority <> ?1",
+                    [(i.priority, i.source) for i in batch if not i.fault],
+                )
+                db.executemany(
+                    "DELETE FROM scenes WHERE source = ? AND state = 'failed' AND output IS NULL",
+                    [(i.faulty,) for i in batch if i.faulty],
+                )
+
     def begin(self, recipe: str) -> int:
         """Make the rows ready for a run with a recipe: what an earlier run left half done is planned, what has another
-        recipe is stale. Gives how many are stale.
+        recipe is stale, and what was a duplicate of a scene that is no longer there has its own turn. Gives how many
+        are stale.
         """
         with self._writing() as db:
             # What was under way when a run ended has its turn again; the interrupted attempt does not count.
@@ -251,8 +288,13 @@ class Ledger:
             )
             db.execute(
                 "UPDATE scenes SET state = 'planned', attempts = 0, twin = NULL, reason = NULL"
-                " WHERE state IN ('failed', 'duplicate') AND recipe <> ?",
+                " WHERE state IN ('failed', 'duplicate') AND attempts > 0 AND recipe <> ?",
                 (recipe,),
+            )
+            db.execute(
+                "UPDATE scenes SET state = 'planned', attempts = 0, twin = NULL WHERE state = 'duplicate'"
+                " AND NOT EXISTS (SELECT 1 FROM scenes AS first WHERE first.id = scenes.twin"
+                " AND first.fingerprint = scenes.fingerprint AND first.state IN ('done', 'incomplete'))"
             )
         return int(self.one("SELECT count(*) FROM scenes WHERE state = 'stale'"))
 
@@ -302,8 +344,11 @@ class Ledger:
             )
 
     def retry(self, pattern: str | None = None) -> int:
-        """Plan failed and incomplete scenes anew, those whose reason holds `pattern` where given; gives how many."""
-        where, values = "state IN ('failed', 'incomplete')", []
+        """Plan failed and incomplete scenes anew, those whose reason holds `pattern` where given; gives how many.
+
+        What nobody attempted is a fault of the plan, and waits for a better one.
+        """
+        where, values = "state IN ('failed', 'incomplete') AND attempts > 0", []
         if pattern:
             where += " AND instr(lower(reason), lower(?)) > 0"
             values = [pattern]
@@ -353,4 +398,6 @@ ON CONFLICT (source) DO UPDATE SET
 WHERE scenes.options IS NOT excluded.options OR scenes.asked IS NOT excluded.asked
   OR (excluded.size IS NOT NULL AND scenes.size IS NOT excluded.size)
   OR (excluded.stamp IS NOT NULL AND scenes.stamp IS NOT excluded.stamp)
+  OR (excluded.reason IS NOT NULL AND scenes.reason IS NOT excluded.reason)
+  OR (excluded.reason IS NULL AND scenes.state = 'failed' AND scenes.attempts = 0)
 """

@@ -16,13 +16,15 @@ RESULTS = "results"
 DRAFTS = ".drafts"
 PARTS = ".parts"
 """Where scenes that several workers share are put together; what a killed run leaves there is used by the next."""
+_NAME = 80  # bytes of a scene's name in that of its result; file systems allow 255 in all
 _AT_ONCE = 32  # folders flushed
 _EDGE = 8  # points a side of a footprint: rows of a scene placed by control points are no straight lines
 
 
 def output_of(source: str, recipe: str, suffix: str) -> str:
     """Where a scene's result lies, relative to the folder: by recipe, then in 256 folders by a hash of the source."""
-    stem = re.sub(r"[^\w.-]+", "_", PurePosixPath(source.partition("?")[0].rstrip("/")).stem)[:80] or "scene"
+    stem = re.sub(r"[^\w.-]+", "_", PurePosixPath(source.partition("?")[0].rstrip("/")).stem) or "scene"
+    stem = stem.encode()[:_NAME].decode(errors="ignore")
     key = key_of(source)
     return f"{RESULTS}/{recipe[:12]}/{key[:2]}/{stem}-{key}{suffix}"
 
@@ -52,20 +54,26 @@ def place(folder: Path, drafts: Path, output: str) -> set[Path]:
 
     The file that the ledger names comes last: where it is, all are.
     """
+    from babelrs_geo.vectors import drop_journals
+
     target = folder / output
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in files_of(output):
         final = folder / name
         draft = drafts / final.name
         if draft.exists() or not final.exists():  # else it was placed, and the run was stopped before its row
+            drop_journals(final)
             draft.replace(final)
     return {target.parent}
 
 
 def remove(folder: Path, output: str) -> None:
     """Remove a result's files."""
+    from babelrs_geo.vectors import drop_journals
+
     for name in reversed(files_of(output)):
         (folder / name).unlink(missing_ok=True)
+        drop_journals(folder / name)
 
 
 def flush(folders: Iterable[Path]) -> None:

@@ -142,6 +142,7 @@ def run(
         while options.watch is not None:
             loop.wait(options.watch)
             if ledger.plan(loop.remembering(_settled(sources(), options.watch))):
+                ledger.begin(recipe)
                 loop.go(progress)
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # of scenes that are no longer planned
         return Ended(folder, ledger.counts(), loop.worked, time.perf_counter() - begun)

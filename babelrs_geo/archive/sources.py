@@ -48,6 +48,8 @@ class Item:
     """What changes when the scene does: time of modification, or an object store's etag or checksum."""
     fault: str = ""
     """Why it cannot be processed, where the plan already shows it."""
+    faulty: str | None = None
+    """What it is called as long as nothing but a fault is known of it, where that is not `source`."""
 
 
 def find(sources: Sequence[str], leave_out: Path | None = None, asset: str | None = None) -> Iterator[Item]:
@@ -85,9 +87,9 @@ def _glob(pattern: str, leave_out: Path | None) -> Iterator[Item]:
         raise ParameterError(
             f"{pattern} does not exist; pass a folder, a glob, a manifest, a STAC file or a scene"
         )
-    found = False
-    whole = Path(pattern).absolute()
-    for path in sorted(Path(whole.anchor).glob(str(whole.relative_to(whole.anchor)))):
+    found, asked = False, Path(pattern)
+    start = Path(asked.anchor) if asked.anchor else Path.cwd()  # whose name is no pattern
+    for path in sorted(start.glob(str(asked.relative_to(asked.anchor)))):
         if leave_out is not None and path.is_relative_to(leave_out):
             continue
         if is_safe(path) or path.is_file():
@@ -97,12 +99,16 @@ def _glob(pattern: str, leave_out: Path | None) -> Iterator[Item]:
         raise ParameterError(f"{pattern} matches nothing; quote it, so that the shell leaves it alone")
 
 
-def _folder(folder: Path, leave_out: Path | None) -> Iterator[Item]:
-    """Scenes below a folder, by name, hidden ones left out."""
+def _folder(folder: Path, leave_out: Path | None, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
+    """Scenes below a folder, by name, hidden ones left out; a link to a folder `above` leads nowhere new."""
     if is_safe(folder):
         yield _file(folder)
         return
     try:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise ParameterError(
@@ -112,14 +118,24 @@ def _folder(folder: Path, leave_out: Path | None) -> Iterator[Item]:
         path = Path(entry.path)
         if entry.name.startswith(".") or path == leave_out:
             continue
-        if entry.is_dir():
-            yield from _folder(path, leave_out)
+        if _is_folder(entry):
+            yield from _folder(path, leave_out, (*above, here))
         elif path.suffix.lower() in RASTERS or (path.suffix.lower() == ".zip" and zipped_safe(path)):
             yield _file(path)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def _file(path: Path) -> Item:
-    item = Item(str(path), str(path), "sar" if is_safe(path) or path.suffix.lower() == ".zip" else None)
+    shown = os.fsencode(path).decode(errors="backslashreplace")
+    if shown != str(path):
+        return Item(shown, shown, fault=f"{shown} is not named in UTF-8; rename it")
+    item = Item(shown, shown, "sar" if is_safe(path) or path.suffix.lower() == ".zip" else None)
     return stat(item)
 
 
@@ -157,7 +173,7 @@ _Rows = Iterator[tuple[Sequence[str], Iterable[Sequence[Any]]]]
 
 
 def _text_rows(path: Path) -> _Rows:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         texts = (line.strip() for line in lines)
         yield ("scene",), ((text,) for text in texts if text and not text.startswith("#"))
 
@@ -225,8 +241,8 @@ def _item(row: Sequence[Any], columns: _Columns, base: Path) -> Item:
     if not address.startswith("/") and "://" not in address:
         address = str((base / address).resolve()) if ".." in address else f"{base}{os.sep}{address}"
     source = bare(address)
-    own = {name: row[place] for name, place in columns.own.items() if place < cells}
-    sensor = str(own["sensor"]).strip().lower() if own.get("sensor") else None
+    own = {name: row[at] for name, at in columns.own.items() if at < cells and not _missing(row[at])}
+    sensor = str(own["sensor"]).strip().lower() if "sensor" in own else None
     if sensor not in (None, "sar", "ir", "rgb"):
         return Item(
             source,
@@ -236,14 +252,29 @@ def _item(row: Sequence[Any], columns: _Columns, base: Path) -> Item:
     options: dict[str, Any] = {}
     try:
         for name, place in columns.options.items():
-            if place < cells and row[place] not in (None, ""):
+            if place < cells and not _missing(row[place]):
                 options[name] = _option(name, row[place])
-        priority = float(own.get("priority") or 0)
-        size = int(own["size"]) if own.get("size") else None
+        priority = float(own.get("priority", 0))
+        if priority != priority:
+            raise ValueError("priority is nan, expected a number")
+        size = _whole(own["size"]) if "size" in own else None
     except (ValueError, TypeError) as error:
         return Item(source, address, fault=f"its row in the manifest cannot be understood: {error}")
-    stamp = str(own["stamp"]) if own.get("stamp") else None
+    stamp = str(own["stamp"]) if "stamp" in own else None
     return Item(source, address, sensor, options, priority, size, stamp)
+
+
+def _missing(value: Any) -> bool:
+    """Whether a cell says nothing; NaN is what pandas makes of one."""
+    return value is None or value == "" or value != value
+
+
+def _whole(value: Any) -> int:
+    """A whole number, as which pandas writes a float where another row's is missing."""
+    number = float(value)
+    if not (number.is_integer() and abs(number) < 2**53):
+        raise ValueError(f"{value} is no whole number")
+    return int(number)
 
 
 def _option(name: str, value: Any) -> Any:
@@ -254,7 +285,7 @@ def _option(name: str, value: Any) -> Any:
             if isinstance(value, list | tuple)
             else str(value).replace(",", " ").replace(";", " ").split()
         )
-        numbers = [int(part) if name == "bands" else float(part) for part in parts]
+        numbers = [_whole(part) if name == "bands" else float(part) for part in parts]
         if name == "limits" and len(numbers) != 2:
             raise ValueError(f"limits is {value!r}, expected two numbers")
         return numbers

@@ -93,10 +93,10 @@ def scene_of(feature: Mapping[str, Any], asset: str | None, base: str) -> Item:
     properties = feature.get("properties") or {}
     name = str(feature.get("id") or "item")
     key, fault = _choose(assets, asset)
+    own = next((link.get("href") for link in feature.get("links", []) if link.get("rel") == "self"), None)
+    itself = bare(str(own)) if own else f"{bare(base)}#{name}"
     if fault:
-        own = next((link.get("href") for link in feature.get("links", []) if link.get("rel") == "self"), None)
-        source = bare(str(own)) if own else f"{bare(base)}#{name}"
-        return Item(source, source, fault=fault)
+        return Item(itself, itself, fault=fault)
     chosen = assets[key]
     address = _absolute(str(chosen.get("href", "")), base, feature)
     options: dict[str, Any] = {}
@@ -109,6 +109,7 @@ def scene_of(feature: Mapping[str, Any], asset: str | None, base: str) -> Item:
         options,
         size=chosen.get("file:size"),
         stamp=chosen.get("file:checksum") or properties.get("updated"),
+        faulty=itself,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from babelrs_geo.errors import OutputError, ParameterError
 from babelrs_geo.evaluation.report import Report
 from babelrs_geo.qgis import class_colour
+from babelrs_geo.vectors import check_name, drop_journals
 
 MAIN = "report.json"
 """Written last into a folder that exists: where it is, all is."""
@@ -59,6 +60,8 @@ def write_report(
     own files are replaced. Raises as `check_folder` does, and OutputError where the disk refuses.
     """
     check_folder(folder, overwrite=overwrite, picture=picture)
+    for name in extras or ():
+        check_name(folder / name)
     folder = folder.absolute()
     try:
         with tempfile.TemporaryDirectory(
@@ -90,6 +93,7 @@ def _replace(made: Path, folder: Path) -> None:
     (folder / MAIN).unlink(missing_ok=True)
     for name in ("matches.gpkg", "pr.png"):  # of an earlier report, if this one has none
         (folder / name).unlink(missing_ok=True)
+        drop_journals(folder / name)
     for path in sorted(made.iterdir(), key=lambda p: p.name == MAIN):
         shutil.move(path, folder / path.name)
 

@@ -26,7 +26,16 @@ negative y: the processing tool "Affine transform" with a scale of -1 in y lays 
 """
 
 from babelrs_geo.vectors.areas import read_area
-from babelrs_geo.vectors.files import PROVENANCE_KEY, SUFFIXES, check_target, clock, write, write_matches
+from babelrs_geo.vectors.files import (
+    PROVENANCE_KEY,
+    SUFFIXES,
+    check_name,
+    check_target,
+    clock,
+    drop_journals,
+    write,
+    write_matches,
+)
 from babelrs_geo.vectors.labels import Labels, Objects, read_labels
 from babelrs_geo.vectors.results import Result, read_result
 from babelrs_geo.vectors.tables import Origin, area_km2, coverage, cut, features
@@ -39,10 +48,12 @@ __all__ = [
     "Origin",
     "Result",
     "area_km2",
+    "check_name",
     "check_target",
     "clock",
     "coverage",
     "cut",
+    "drop_journals",
     "features",
     "read_area",
     "read_labels",

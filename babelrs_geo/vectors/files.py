@@ -34,11 +34,12 @@ PROVENANCE_KEY = b"babelrs-geo:provenance"
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Raise OutputError where `write` could not, or should not, put its files: ask before the work.
 
-    It must end in one of `SUFFIXES`, in a writable directory, and be free unless `overwrite`.
+    It must end in one of `SUFFIXES`, in a writable directory, and be free unless `overwrite`; see `check_name`, too.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError(f"{path}: unknown kind of output {path.suffix!r}; name it {', '.join(SUFFIXES)}")
+    check_name(path)
     for target in _targets(path):
         if target.is_dir():
             raise OutputError(f"{target} is a directory; name a file in it")
@@ -49,6 +50,17 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(
             f"{path.parent} is not writable; change its permissions, or write elsewhere with -o"
+        )
+
+
+def check_name(path: Path) -> None:
+    """Raise OutputError where a file would land in another place: what GDAL writes by way of pyogrio, which takes a
+    "!" for the way into an archive.
+    """
+    if path.suffix.lower() in (".gpkg", ".geojson", ".fgb") and "!" in str(path.absolute()):
+        raise OutputError(
+            f'{path} cannot be written: a "!" in the name of a file or folder leads pyogrio elsewhere; rename it, or'
+            " write elsewhere with -o"
         )
 
 
@@ -101,14 +113,20 @@ def write(
         for draft in drafts:
             _flush(draft)
         check_target(path, overwrite=overwrite)  # another run may have finished meanwhile
-        if path.suffix.lower() == ".gpkg":
-            # SQLite would replay the journal of the file that goes into the one that comes.
-            for ending in ("-wal", "-shm", "-journal"):
-                path.with_name(path.name + ending).unlink(missing_ok=True)
+        drop_journals(path)
         for draft in reversed(drafts):  # the named file last: where it is, all is
             draft.replace(path.parent / draft.name)
         _flush(path.parent)
     return path
+
+
+def drop_journals(path: Path) -> None:
+    """Remove what SQLite, or QGIS that was ended, left beside a GeoPackage that goes: it would be replayed into the
+    one that comes. Of other files there is nothing.
+    """
+    if path.suffix.lower() == ".gpkg":
+        for ending in ("-wal", "-shm", "-journal"):
+            path.with_name(path.name + ending).unlink(missing_ok=True)
 
 
 def _targets(path: Path) -> list[Path]:
@@ -212,6 +230,7 @@ def write_matches(
 
     The file is written in place: the caller sees to it that it is whole or absent. OutputError where it cannot be.
     """
+    check_name(path)
     about = "Objects that were hit or missed, and false ones"
     layers = (_Layer("matches", matches, qgis.matches_style(), about), _coverage_layer(coverage))
     with _told_as_output_error(path), warnings.catch_warnings():
