@@ -119,7 +119,8 @@ def shared_grid(scenes: Mapping[str, Scene], reference: str | None = None) -> tu
     x, y, width, height = (int(v) for v in (*low, *(high - low)))
     moved = own.georef.window((x, y, width, height)).affine
     assert moved is not None
-    return chosen, Shared(Georef.from_affine(tuple(moved), own.georef.crs_text), width, height)
+    grid = Georef.from_affine(tuple(moved), own.georef.crs_text, (width, height))
+    return chosen, Shared(grid, width, height)
 
 
 def _between(source: Georef, target: Georef, px: NDArray[Any], py: NDArray[Any]) -> tuple[Floats, Floats]:
