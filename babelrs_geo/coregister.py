@@ -90,7 +90,7 @@ def shared_grid(scenes: Mapping[str, Scene], reference: str | None = None) -> tu
     if len(scenes) < 2:
         raise ParameterError(f"{len(scenes)} scene was given to co-register; pass at least two")
     for sensor, scene in scenes.items():
-        if scene.georef.kind == "none" or scene.georef.crs is None:
+        if not scene.georef.on_earth:
             raise GeorefError(
                 f"{sensor}: {scene.name} has no place on the ground, so it cannot be co-registered"
             )

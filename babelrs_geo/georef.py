@@ -134,6 +134,11 @@ class Georef:
         return None if self.crs_text is None else pyproj.CRS.from_user_input(self.crs_text)
 
     @cached_property
+    def on_earth(self) -> bool:
+        """Whether pixels have a longitude and a latitude: neither a site's own axes nor another planet's do."""
+        return self.kind != "none" and on_earth(self.crs_text)
+
+    @cached_property
     def in_degrees(self) -> bool:
         """Whether x of the map is a longitude, which comes back to itself after a turn."""
         return self.crs is not None and bool(self.crs.is_geographic)
@@ -142,6 +147,13 @@ class Georef:
     def affine(self) -> Affine | None:
         """Pixel to map for kind affine, `origin` included; None for the others."""
         return Affine(*self.transform) @ Affine.translation(*self.origin) if self.kind == "affine" else None
+
+    @property
+    def lack(self) -> str:
+        """In words, what there is in place of a CRS that leads to longitude and latitude."""
+        if self.kind == "none":
+            return "no georeference"
+        return "no CRS" if self.crs is None else f"a CRS that is not of the Earth ({self.crs.name})"
 
     def to_map(self, px: ArrayLike, py: ArrayLike) -> Points:
         """Pixels to map coordinates `(x, y)`; pixels themselves where there is no georeference."""
@@ -156,11 +168,10 @@ class Georef:
         return (px - self.origin[0]).reshape(shape), (py - self.origin[1]).reshape(shape)
 
     def to_lonlat(self, px: ArrayLike, py: ArrayLike) -> Points:
-        """Pixels to longitude and latitude, EPSG:4326 in degrees. GeorefError without georeference or CRS."""
-        if self.kind == "none" or self.crs_text is None:
-            what = "no georeference" if self.kind == "none" else "a transform but no CRS"
+        """Pixels to longitude and latitude, EPSG:4326 in degrees. GeorefError unless `on_earth`."""
+        if not self.on_earth or self.crs_text is None:
             raise GeorefError(
-                f"longitude and latitude were asked of a scene with {what}; assign one: gdal_edit.py -a_srs"
+                f"longitude and latitude were asked of a scene with {self.lack}; assign one: gdal_edit.py -a_srs"
             )
         x, y = self.to_map(px, py)
         if self.crs_text == "EPSG:4326":
@@ -172,13 +183,13 @@ class Georef:
         return lon.reshape(x.shape), lat.reshape(x.shape)
 
     def ground_sampling_distance(self, px: float, py: float) -> float | None:
-        """Metres on the ground per pixel at one place, None where there is no georeference or no CRS.
+        """Metres on the ground per pixel at one place, None unless `on_earth`.
 
         Geometric mean of the two pixel axes, each measured as the geodesic across one pixel on the WGS 84
         ellipsoid, so that a projection whose metres are not true ones (EPSG:3395, EPSG:3857) gives the true
         answer.
         """
-        if self.kind == "none" or self.crs_text is None:
+        if not self.on_earth:
             return None
         lon, lat = self.to_lonlat(
             np.array([px - 0.5, px + 0.5, px, px]), np.array([py, py, py - 0.5, py + 0.5])
@@ -377,6 +388,17 @@ def _crs_text(crs: object) -> str | None:
         raise GeorefError(f"the CRS {str(crs)[:80]!r} is not understood: {_line(error)}") from error
     authority = parsed.to_authority(min_confidence=100)
     return ":".join(authority) if authority else parsed.to_wkt()
+
+
+def on_earth(crs: pyproj.CRS | str | None) -> bool:
+    """Whether a transformation leads from a CRS to longitude and latitude."""
+    if crs is None:
+        return False
+    try:
+        _to_wgs84(crs if isinstance(crs, str) else crs.to_wkt())
+    except pyproj.exceptions.ProjError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=64)

@@ -18,6 +18,10 @@ from rasterio.transform import from_origin
 from babelrs_geo.errors import GeorefError
 from babelrs_geo.georef import Georef
 
+LOCAL = (
+    'LOCAL_CS["Local Coordinates (m)",LOCAL_DATUM["Local Datum",0],UNIT["metre",1],AXIS["X",EAST],'
+    'AXIS["Y",NORTH]]'
+)
 PIXELS = st.floats(-500.0, 20_000.0, allow_nan=False)
 
 
@@ -283,6 +287,16 @@ def test_no_georeference_gives_pixels_and_refuses_the_ground():
     with pytest.raises(GeorefError, match="no CRS"):
         Georef.from_affine((1, 0, 0, 0, -1, 0)).to_lonlat(0, 0)
     assert Georef().gcp_residuals().size == 0
+
+
+@pytest.mark.parametrize("crs", [LOCAL, "+proj=longlat +R=1737400 +no_defs"], ids=["site", "moon"])
+def test_a_crs_that_is_not_of_the_earth_has_a_map_and_no_longitude(crs):
+    georef = Georef.from_affine((0.5, 0, 10, 0, -0.5, 50), crs)
+    assert georef.crs is not None and not georef.on_earth
+    assert np.array(georef.to_map(2, 4)).tolist() == [11, 48]
+    assert georef.ground_sampling_distance(0, 0) is None
+    with pytest.raises(GeorefError, match="not of the Earth"):
+        georef.to_lonlat(0, 0)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ class Scene:
 
     @property
     def gsd(self) -> float | None:
-        """Metres on the ground per pixel at the scene's centre, None without georeference."""
+        """Metres on the ground per pixel at the scene's centre, None without a place on Earth."""
         return self.georef.ground_sampling_distance(self.width / 2, self.height / 2)
 
     @property
