@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from babelrs_geo import boxes, qgis, vectors
 from babelrs_geo.detections import Detections
-from babelrs_geo.errors import LabelError, OutputError
+from babelrs_geo.errors import GeorefError, LabelError, OutputError
 from babelrs_geo.georef import Georef
 from babelrs_geo.tiling import Grid
 
@@ -210,6 +210,12 @@ def test_a_scene_without_georeference_stays_in_pixels_y_down_and_says_so() -> No
     with pytest.warns(UserWarning, match="no CRS"):
         unknown = vectors.features(detections(rows), Georef.from_affine((2, 0, 100, 0, -2, 100)), ORIGIN)
     assert unknown.total_bounds.tolist() == [140, 14, 180, 26]
+    local = Georef.from_affine((2, 0, 100, 0, -2, 100), 'LOCAL_CS["Local Coordinates (m)",UNIT["metre",1]]')
+    with pytest.warns(UserWarning, match=r"not of the Earth \(Local Coordinates"):
+        table = vectors.features(detections(rows), local, ORIGIN)
+    assert table.crs == local.crs and table.total_bounds.tolist() == [140, 14, 180, 26]
+    assert table[["length_m", "lon", "lat"]].isna().all(axis=None)
+    assert vectors.coverage([(0, 0, 9, 9)], ["empty"], [""], local)["area_km2"].isna().all()
 
 
 # --- coverage ---
@@ -284,6 +290,71 @@ def test_an_area_of_interest_cuts_the_coverage_and_no_tile_is_lost(name: str) ->
     assert whole["state"].tolist() == ["detected", "empty", "outside", "failed"]
     assert whole["tiles"].tolist() == [4, 4, 4, 4]
     assert whole["area_km2"].tolist() == pytest.approx(table["area_km2"].tolist(), abs=2e-6)
+
+
+@settings(max_examples=20)
+@given(
+    crs=st.sampled_from(["EPSG:32601", "EPSG:32660", "EPSG:3413", "EPSG:3031"]),
+    place=st.tuples(st.floats(-6000, 6000), st.floats(-6000, 6000)),
+)
+def test_a_hole_is_not_counted_wherever_it_lies(crs: str, place: tuple[float, float]) -> None:
+    polar = crs in ("EPSG:3413", "EPSG:3031")
+    x, y = (0.0, 0.0) if polar else from_lonlat(pyproj.CRS(crs)).transform(180.0, 52.0)
+    west, north = x - 5000 + place[0], y + 5000 + place[1]
+    georef = Georef.from_affine((10, 0, west, 0, -10, north), crs)
+    tiles = [(column * 200, row * 200, 200, 200) for row in range(5) for column in range(5)]
+    states = ["empty"] * 12 + ["detected"] + ["empty"] * 12
+    table = vectors.coverage(tiles, states, [""] * 25, georef).set_index("state")
+    assert table.loc["empty", "area_km2"] == pytest.approx(24 * table.loc["detected", "area_km2"], rel=1e-3)
+    assert table["area_km2"].sum() == pytest.approx(100.0, rel=0.07)
+
+
+def square(crs: str, x: float, y: float, side: float) -> gpd.GeoSeries:
+    """A square with a hole of a ninth of it, about a place in map coordinates."""
+    outer, inner = (shapely.box(x - s, y - s, x + s, y + s) for s in (side / 2, side / 6))
+    return gpd.GeoSeries([shapely.difference(outer, inner), None], crs=crs)
+
+
+@settings(max_examples=30)
+@given(
+    crs=st.sampled_from(["EPSG:32601", "EPSG:32660", "EPSG:3832"]),
+    lon=st.floats(179.9, 180.1),
+    lat=st.floats(-60.0, 60.0),
+)
+def test_what_crosses_the_antimeridian_is_cut_there(crs: str, lon: float, lat: float) -> None:
+    shapes = square(crs, *from_lonlat(pyproj.CRS(crs)).transform(lon, lat), 5000.0)
+    cut = vectors.to_crs(shapes, "EPSG:4326")
+    assert cut.crs == "EPSG:4326" and cut.iloc[1] is None and cut.iloc[0].is_valid
+    pieces = cut.explode().dropna()
+    assert (pieces.bounds["maxx"] - pieces.bounds["minx"]).max() < 0.2
+    assert vectors.area_km2(cut)[0] == pytest.approx(vectors.area_km2(shapes)[0], rel=1e-3)
+    back = cut.to_crs(crs)
+    assert back.iloc[0].symmetric_difference(shapes.iloc[0]).area < 1e-3 * shapes.iloc[0].area
+
+
+def test_a_grid_in_degrees_is_cut_and_a_globe_is_not() -> None:
+    shapes = gpd.GeoSeries([shapely.box(179, 0, 181, 1), shapely.box(-180, -90, 180, 90)], crs="EPSG:4326")
+    cut = vectors.to_crs(shapes, "EPSG:4326")
+    assert shapely.bounds(shapely.get_parts(cut.iloc[0])).tolist() == [[-180, 0, -179, 1], [179, 0, 180, 1]]
+    assert cut.iloc[1].equals(shapes.iloc[1])
+
+
+@pytest.mark.parametrize(("crs", "lat"), [("EPSG:3413", 89.9), ("EPSG:3031", -89.9)])
+def test_what_lies_around_a_pole_reaches_it(crs: str, lat: float) -> None:
+    solid = gpd.GeoSeries([shapely.Point(300.0, 200.0).buffer(5000.0)], crs=crs)
+    cut = vectors.to_crs(solid, "EPSG:4326").iloc[0]
+    west, south, east, north = cut.bounds
+    assert (west, east) == (-180, 180) and 90 in (-south, north)
+    assert cut.is_valid and cut.area == pytest.approx(360 * 5000 / 111_700, rel=0.05)
+    ring = vectors.to_crs(square(crs, 300.0, 200.0, 15000.0), "EPSG:4326").iloc[0]
+    assert not ring.intersects(shapely.Point(40.0, np.copysign(89.999, lat)))
+    assert ring.intersects(shapely.Point(40.0, np.copysign(89.955, lat)))
+
+
+def test_a_crs_that_nothing_leads_to_is_told() -> None:
+    shapes = gpd.GeoSeries([shapely.box(0, 0, 1, 1)], crs='LOCAL_CS["site",UNIT["metre",1]]')
+    with pytest.raises(GeorefError, match="no transformation leads from site"):
+        vectors.to_crs(shapes, "EPSG:4326")
 
 
 def test_an_area_along_the_edges_of_tiles_leaves_polygons_alone() -> None:
