@@ -698,6 +698,7 @@ def test_areas_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
     table.write_text("a,b\n1,2\n")
     two = save_area(tmp_path / "two.gpkg", [square], "EPSG:4326")
     gpd.GeoDataFrame(geometry=[square], crs="EPSG:4326").to_file(two, layer="fields")
+    pyogrio.write_dataframe(pd.DataFrame({"a": [1]}), two, layer="notes")
     with pytest.warns(UserWarning, match="'crs' was not provided"):
         bare = save_area(tmp_path / "bare.shp", [square], None)
     far = save_area(tmp_path / "far.gpkg", [shapely.box(10, 40, 11, 41)], "EPSG:4326")
@@ -710,6 +711,7 @@ def test_areas_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
         (far, "beyond the ground"),
         (two, r"2 layers \(two, fields\).*\|layername=two"),
         (f"{two}|layername=forests", "cannot be read as vectors"),
+        (f"{two}|layername=notes", "no geometry in layer notes"),
     ]
     for path, message in cases:
         with pytest.raises(LabelError, match=message) as caught:
@@ -717,4 +719,6 @@ def test_areas_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
         assert "\n" not in str(caught.value)
     with pytest.raises(LabelError, match="the scene has none"):
         vectors.read_area(f"{two}|layername=fields", None)
+    with pytest.raises(LabelError, match="cannot be laid over the scene: no transformation"):
+        vectors.read_area(f"{two}|layername=fields", 'LOCAL_CS["site",UNIT["metre",1]]')
     assert vectors.read_area(f"{two}|layername=fields", "EPSG:4326").equals(square)
