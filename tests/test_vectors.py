@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas as gpd
@@ -722,3 +723,59 @@ def test_areas_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(LabelError, match="cannot be laid over the scene: no transformation"):
         vectors.read_area(f"{two}|layername=fields", 'LOCAL_CS["site",UNIT["metre",1]]')
     assert vectors.read_area(f"{two}|layername=fields", "EPSG:4326").equals(square)
+
+
+# --- labels ---
+
+
+def on_scene(shapes: list[shapely.Geometry], name: str = "utm") -> vectors.Objects:
+    """Shapes in scene pixels as labels in its CRS, brought back."""
+    georef = replace(GEOREFS[name], size=(1000, 1000))
+    drawn = shapely.transform(shapes, lambda p: np.stack(georef.to_map(*p.T), 1))
+    frame = gpd.GeoDataFrame({"class": list(map(str, range(len(drawn))))}, geometry=drawn, crs=georef.crs)
+    return vectors.Labels("labels", "auto", frame).on("scene", georef, alone=True)
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.integers(-300, 1300), st.integers(-300, 1300), st.integers(3, 9), st.floats(0, 360)),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_labels_come_back_as_they_do_one_by_one(
+    many: list[tuple[int, int, int, float]], upright: bool
+) -> None:
+    shapes = []
+    for x, y, corners, turn in many:
+        around = np.radians(turn + np.linspace(0, 360, corners, endpoint=False))
+        shapes.append(shapely.Polygon(np.stack([x + 20 * np.cos(around), y + 9 * np.sin(around)], 1)))
+    if upright:
+        shapes = list(shapely.envelope(shapes))
+    together, apart = on_scene(shapes), [on_scene([shape]) for shape in shapes]
+    inside = [bool(shapely.box(0, 0, 1000, 1000).intersects(shapely.envelope(s))) for s in shapes]
+    assert [len(one) for one in apart] == inside
+    assert together.classes.tolist() == [str(i) for i, kept in enumerate(inside) if kept]
+    if len({bool(o) for one in apart for o in one.oriented}) == 1:
+        np.testing.assert_allclose(together.boxes, np.concatenate([one.boxes for one in apart]), atol=1e-6)
+
+
+def test_labels_of_another_scene_do_not_turn_the_boxes_of_this_one() -> None:
+    here, there = (
+        shapely.box(10, 10, 40, 30),
+        shapely.Polygon([(2000, 0), (2040, 10), (2035, 30), (1995, 20)]),
+    )
+    assert on_scene([here, there]).oriented.tolist() == [False]
+    assert on_scene([shapely.transform(there, lambda p: p - [1900, 0]), here]).oriented.tolist() == [
+        True,
+        True,
+    ]
+
+
+def test_labels_that_nothing_brings_to_the_scene_are_told() -> None:
+    local = Georef.from_affine((1, 0, 0, 0, -1, 9), 'LOCAL_CS["site",UNIT["metre",1]]', (9, 9))
+    frame = gpd.GeoDataFrame({"class": ["ship"]}, geometry=[shapely.box(0, 0, 1, 1)], crs="EPSG:4326")
+    with pytest.raises(LabelError, match="no transformation leads from WGS 84 to the scene's site"):
+        vectors.Labels("labels", "auto", frame).on("scene", local, alone=True)
+    assert len(vectors.Labels("labels", "auto", frame.iloc[:0]).on("s", local, alone=True)) == 0
