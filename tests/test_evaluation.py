@@ -247,7 +247,10 @@ def test_a_report_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(OutputError):
         evaluation.write_report(folder, report(), {"x": full}, overwrite=True, picture=False)
     assert (folder / "report.json").read_bytes() == before
-    evaluation.write_report(folder, report(), {"matches.gpkg": lambda p: p.touch()}, overwrite=True)
+    drafts = []
+    extras = {"matches.gpkg": lambda p: (p.touch(), drafts.append(p))}
+    evaluation.write_report(folder, report(), extras, overwrite=True)
+    assert folder in drafts[0].parents  # what holds it may be read-only
     assert {p.name for p in folder.iterdir()} == {
         "notes.txt",
         "report.json",

@@ -424,6 +424,8 @@ def test_no_detections_still_give_a_layer_with_its_columns(
         assert (types["class"], types["score"], types["acquired"]) == ("OFTString", "OFTReal", "OFTDateTime")
     if suffix == ".parquet":
         assert back.dtypes.drop("bbox", errors="ignore").equals(none.dtypes)
+    assert len(vectors.read_result(path).features[["class", "score", "box", "sensor"]]) == 0
+    assert len(vectors.read_labels(path).frame) == 0
 
 
 @pytest.mark.parametrize("suffix", vectors.SUFFIXES)

@@ -60,9 +60,10 @@ def write_report(
     """
     check_folder(folder, overwrite=overwrite, picture=picture)
     folder = folder.absolute()
+    beside = folder if folder.is_dir() else folder.parent  # only there is it known to be allowed
     try:
         with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+            prefix=f".{folder.name}.", dir=beside, ignore_cleanup_errors=True
         ) as draft:
             made = Path(draft) / "report"
             made.mkdir()

@@ -244,6 +244,8 @@ def _vectors(text: str, class_column: str) -> gpd.GeoDataFrame:
         ) from error
     if not isinstance(frame, gpd.GeoDataFrame):
         raise LabelError(f"{name} holds no geometry; labels are polygons with a class column")
+    if frame.empty:  # GeoJSON has its columns in its rows
+        frame = frame.assign(**{class_column: ""})
     if class_column not in frame:
         others = ", ".join(str(c) for c in frame.columns if c != frame.geometry.name) or "none"
         raise LabelError(
