@@ -28,7 +28,7 @@ from simple_scenes import (
 )
 
 import babelrs_geo as bg
-from babelrs_geo import concepts
+from babelrs_geo import concepts, vectors
 from babelrs_geo import detect as detect_function
 from babelrs_geo.detect.area import area_of
 from babelrs_geo.errors import (
@@ -276,6 +276,24 @@ def test_results_are_saved_in_any_crs_and_never_over_an_existing_file_by_acciden
     moved = found.features.to_crs(read.crs)
     np.testing.assert_allclose(read.total_bounds, moved.total_bounds, atol=1e-3)
     found.save(path, overwrite=True)
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".parquet", ".geojson"])
+def test_a_result_on_both_sides_of_the_antimeridian_is_cut_there(tmp_path, suffix):
+    x, y = pyproj.Transformer.from_crs(4326, 32601, always_xy=True).transform(-180.0, 10.0)
+    place = {"crs": "EPSG:32601", "transform": Affine(10, 0, x - 500, 0, -10, y)}
+    ships = [(47, 20, 6, 6), (10, 10, 9, 5), (70, 60, 9, 5)]
+    with scene_of(tmp_path / "s.tif", canvas(100, 100, ships), **place) as scene:
+        found = bg.detect(scene, BrightWeights(), bg.DetectOptions(**SMALL))
+    path = found.save(tmp_path / f"out{suffix}", crs="EPSG:4326")
+    back = vectors.read_result(path)
+    assert len(back.features) == 3 and len(back.coverage) == len(found.coverage)
+    for frame, own in ((back.features, found.features), (back.coverage, found.coverage)):
+        pieces = frame.geometry.explode().bounds
+        assert (pieces["maxx"] - pieces["minx"]).max() < 0.1 and set(np.sign(pieces["minx"])) == {-1, 1}
+        np.testing.assert_allclose(
+            vectors.area_km2(frame.geometry), vectors.area_km2(own.geometry), rtol=1e-3
+        )
 
 
 def test_a_crs_that_is_none_or_cannot_show_the_ground_is_refused(scene, tmp_path):
