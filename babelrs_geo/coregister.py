@@ -90,7 +90,7 @@ def shared_grid(scenes: Mapping[str, Scene], reference: str | None = None) -> tu
     if len(scenes) < 2:
         raise ParameterError(f"{len(scenes)} scene was given to co-register; pass at least two")
     for sensor, scene in scenes.items():
-        if scene.georef.kind == "none" or scene.georef.crs is None:
+        if not scene.georef.on_earth:
             raise GeorefError(
                 f"{sensor}: {scene.name} has no place on the ground, so it cannot be co-registered"
             )
@@ -119,7 +119,8 @@ def shared_grid(scenes: Mapping[str, Scene], reference: str | None = None) -> tu
     x, y, width, height = (int(v) for v in (*low, *(high - low)))
     moved = own.georef.window((x, y, width, height)).affine
     assert moved is not None
-    return chosen, Shared(Georef.from_affine(tuple(moved), own.georef.crs_text), width, height)
+    grid = Georef.from_affine(tuple(moved), own.georef.crs_text, (width, height))
+    return chosen, Shared(grid, width, height)
 
 
 def _between(source: Georef, target: Georef, px: NDArray[Any], py: NDArray[Any]) -> tuple[Floats, Floats]:

@@ -60,6 +60,9 @@ class Georef:
     """CRS of the map coordinates, as an authority code (`EPSG:32611`) or WKT; None if unknown."""
     transform: tuple[float, float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     """Kind affine: a, b, c, d, e, f of `x = a px + b py + c`, `y = d px + e py + f`."""
+    size: tuple[int, int] | None = None
+    """Width and height of the scene, from the origin of the numbers above, where known: an affine in degrees learns
+    from them in which turn of the globe to look for a longitude."""
     gcps: tuple[tuple[float, float, float, float], ...] = ()
     """Ground control points `(px, py, x, y)`, in pixels and in map coordinates."""
     rpcs: tuple[tuple[str, str], ...] = ()
@@ -89,10 +92,16 @@ class Georef:
             _check_gcps(self.gcps)
 
     @classmethod
-    def from_affine(cls, transform: Sequence[float], crs: object = None) -> Georef:
-        """From the first six numbers of an affine and a CRS (anything pyproj takes)."""
+    def from_affine(
+        cls, transform: Sequence[float], crs: object = None, size: tuple[int, int] | None = None
+    ) -> Georef:
+        """From the first six numbers of an affine, a CRS (anything pyproj takes), and the scene's width and height.
+
+        In degrees, the grid goes on beyond 180: `to_map` may give 181 there, `to_lonlat` gives -179, and `to_pixel`
+        takes both to the same pixel.
+        """
         a, b, c, d, e, f = (float(v) for v in tuple(transform)[:6])
-        return cls("affine", _crs_text(crs), (a, b, c, d, e, f))
+        return cls("affine", _crs_text(crs), (a, b, c, d, e, f), size)
 
     @classmethod
     def from_gcps(cls, points: Sequence[tuple[float, float, float, float]], crs: object = None) -> Georef:
@@ -125,9 +134,26 @@ class Georef:
         return None if self.crs_text is None else pyproj.CRS.from_user_input(self.crs_text)
 
     @cached_property
+    def on_earth(self) -> bool:
+        """Whether pixels have a longitude and a latitude: neither a site's own axes nor another planet's do."""
+        return self.kind != "none" and on_earth(self.crs_text)
+
+    @cached_property
+    def in_degrees(self) -> bool:
+        """Whether x of the map is a longitude, which comes back to itself after a turn."""
+        return self.crs is not None and bool(self.crs.is_geographic)
+
+    @cached_property
     def affine(self) -> Affine | None:
         """Pixel to map for kind affine, `origin` included; None for the others."""
         return Affine(*self.transform) @ Affine.translation(*self.origin) if self.kind == "affine" else None
+
+    @property
+    def lack(self) -> str:
+        """In words, what there is in place of a CRS that leads to longitude and latitude."""
+        if self.kind == "none":
+            return "no georeference"
+        return "no CRS" if self.crs is None else f"a CRS that is not of the Earth ({self.crs.name})"
 
     def to_map(self, px: ArrayLike, py: ArrayLike) -> Points:
         """Pixels to map coordinates `(x, y)`; pixels themselves where there is no georeference."""
@@ -142,29 +168,28 @@ class Georef:
         return (px - self.origin[0]).reshape(shape), (py - self.origin[1]).reshape(shape)
 
     def to_lonlat(self, px: ArrayLike, py: ArrayLike) -> Points:
-        """Pixels to longitude and latitude, EPSG:4326 in degrees. GeorefError without georeference or CRS."""
-        if self.kind == "none" or self.crs_text is None:
-            what = "no georeference" if self.kind == "none" else "a transform but no CRS"
+        """Pixels to longitude and latitude, EPSG:4326 in degrees. GeorefError unless `on_earth`."""
+        if not self.on_earth or self.crs_text is None:
             raise GeorefError(
-                f"longitude and latitude were asked of a scene with {what}; assign one: gdal_edit.py -a_srs"
+                f"longitude and latitude were asked of a scene with {self.lack}; assign one: gdal_edit.py -a_srs"
             )
         x, y = self.to_map(px, py)
         if self.crs_text == "EPSG:4326":
             return _wrap(x), y
         lon, lat = _to_wgs84(self.crs_text).transform(x.ravel(), y.ravel())
-        lon, lat = np.asarray(lon, np.float64), np.asarray(lat, np.float64)
+        lon, lat = _wrap(np.asarray(lon, np.float64)), np.asarray(lat, np.float64)
         bad = ~(np.isfinite(lon) & np.isfinite(lat))
         lon[bad] = lat[bad] = np.nan
         return lon.reshape(x.shape), lat.reshape(x.shape)
 
     def ground_sampling_distance(self, px: float, py: float) -> float | None:
-        """Metres on the ground per pixel at one place, None where there is no georeference or no CRS.
+        """Metres on the ground per pixel at one place, None unless `on_earth`.
 
         Geometric mean of the two pixel axes, each measured as the geodesic across one pixel on the WGS 84
         ellipsoid, so that a projection whose metres are not true ones (EPSG:3395, EPSG:3857) gives the true
         answer.
         """
-        if self.kind == "none" or self.crs_text is None:
+        if not self.on_earth:
             return None
         lon, lat = self.to_lonlat(
             np.array([px - 0.5, px + 0.5, px, px]), np.array([py, py, py - 0.5, py + 0.5])
@@ -188,6 +213,21 @@ class Georef:
         px, py = self._backward(points[:, 2], points[:, 3])
         return np.hypot(px - points[:, 0], py - points[:, 1])
 
+    @cached_property
+    def _middle(self) -> tuple[float, float]:
+        """Kind affine: from where to where longitudes are within half a turn of all that the scene shows.
+
+        That is its middle, widened where it and a pixel around it make more than a turn; of a scene of unknown size,
+        all the middles that it may have up to a turn.
+        """
+        a, b, west = self.transform[:3]
+        if self.size is None:
+            return min(west, west + np.copysign(180.0, a)), max(west, west + np.copysign(180.0, a))
+        width, height = self.size
+        middle = west + (a * width + b * height) / 2
+        beyond = max(0.0, abs(a) * (width + 2) + abs(b) * (height + 2) - 360.0) / 2
+        return middle - beyond, middle + beyond
+
     def _forward(self, px: NDArray[np.float64], py: NDArray[np.float64]) -> Points:
         """File pixels to map, without `origin`."""
         if self.kind == "affine":
@@ -204,10 +244,12 @@ class Georef:
         if self.kind == "affine":
             a, b, c, d, e, f = self.transform
             det = a * e - b * d
+            if self.in_degrees:
+                x = _near(x, np.clip(x, *self._middle))
             x, y = x - c, y - f  # first, so that large false eastings cancel before anything is multiplied
             return (e * x - b * y) / det, (a * y - d * x) / det
         if self.kind == "gcps":
-            if self.crs is not None and self.crs.is_geographic:
+            if self.in_degrees:
                 x = _near(x, self.gcps[0][2])
             start = _call(_spline(self.gcps), x, y, TransformDirection.reverse)
             return _newton(self._forward, (x, y), start)
@@ -330,7 +372,7 @@ def _wrap(lon: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.abs(lon) > 180.0, (lon + 180.0) % 360.0 - 180.0, lon)
 
 
-def _near(lon: NDArray[np.float64], reference: float) -> NDArray[np.float64]:
+def _near(lon: NDArray[np.float64], reference: float | NDArray[np.float64]) -> NDArray[np.float64]:
     """Longitudes moved by whole turns to within half a turn of the reference; those already there stay bit
     for bit.
     """
@@ -346,6 +388,17 @@ def _crs_text(crs: object) -> str | None:
         raise GeorefError(f"the CRS {str(crs)[:80]!r} is not understood: {_line(error)}") from error
     authority = parsed.to_authority(min_confidence=100)
     return ":".join(authority) if authority else parsed.to_wkt()
+
+
+def on_earth(crs: pyproj.CRS | str | None) -> bool:
+    """Whether a transformation leads from a CRS to longitude and latitude."""
+    if crs is None:
+        return False
+    try:
+        _to_wgs84(crs if isinstance(crs, str) else crs.to_wkt())
+    except pyproj.exceptions.ProjError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=64)

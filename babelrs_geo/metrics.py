@@ -184,7 +184,8 @@ def best_f1_thresholds(
     nothing was found, has no best threshold and is left out.
     """
     best: dict[str, float] = {}
-    for name, each in zip(truths[0].classes, _match(predictions, truths, (iou,), "coco"), strict=True):
+    found = _match(predictions, truths, (iou,), "coco", limit=None)
+    for name, each in zip(truths[0].classes, found, strict=True):
         right = np.cumsum(each.right[:, 0])
         if not len(right) or not right[-1]:
             continue
@@ -209,7 +210,8 @@ def precision_recall(
     nothing.
     """
     rates = {}
-    for name, each in zip(truths[0].classes, _match(predictions, truths, (iou,), "coco"), strict=True):
+    found = _match(predictions, truths, (iou,), "coco", limit=None)
+    for name, each in zip(truths[0].classes, found, strict=True):
         right, total = int(each.right.sum()), int(each.truths.sum())
         rates[name] = (
             right / len(each.scores) if len(each.scores) else float("nan"),
@@ -320,8 +322,9 @@ def _match(
     thresholds: Sequence[float],
     interpolation: Interpolation,
     span: Span | None = None,
+    limit: int | None = COCO_LIMIT,
 ) -> list[_Matches]:
-    """Which detections are right, for each class of the truths."""
+    """Which detections are right, for each class of the truths; `coco` takes only the best `limit` of an image."""
     if interpolation not in ("voc", "coco"):
         raise ParameterError(f"interpolation {interpolation!r} is unknown; it is 'voc' or 'coco'")
     if len(predictions) != len(truths) or not truths:
@@ -332,8 +335,9 @@ def _match(
     for truth in truths:
         if truth.classes != classes:
             raise ParameterError(f"truths of {truth.classes} and of {classes}; evaluate one set at a time")
-    limits = np.array([min(t, 1 - 1e-10) if interpolation == "coco" else t for t in thresholds], np.float64)
-    return [_match_class(predictions, truths, name, limits, interpolation, span) for name in classes]
+    least = np.array([min(t, 1 - 1e-10) if interpolation == "coco" else t for t in thresholds], np.float64)
+    most = limit if interpolation == "coco" else None
+    return [_match_class(predictions, truths, name, least, interpolation, span, most) for name in classes]
 
 
 def _match_class(
@@ -343,6 +347,7 @@ def _match_class(
     limits: Floats,
     interpolation: Interpolation,
     span: Span | None,
+    most: int | None,
 ) -> _Matches:
     scores, images, right, counted = [], [], [], []
     counts = np.zeros(len(truths), np.int64)
@@ -355,9 +360,7 @@ def _match_class(
         if name not in prediction.classes:
             continue
         mine = np.flatnonzero(prediction.labels == prediction.classes.index(name))
-        mine = mine[np.argsort(-prediction.scores[mine], kind="stable")]
-        if interpolation == "coco":
-            mine = mine[:COCO_LIMIT]
+        mine = mine[np.argsort(-prediction.scores[mine], kind="stable")][:most]
         hit, aside = (np.zeros((len(mine), len(limits)), np.bool_) for _ in range(2))
         if len(mine) and len(objects):
             iou = rotated_iou(prediction.boxes[mine], objects)

@@ -15,21 +15,24 @@ import geopandas as gpd
 import numpy as np
 import pyarrow.parquet as pq
 import pyogrio
+import pyproj
 import pystac
 import pytest
 import rasterio
 import shapely
 from bright_archive import go, make_archive, write_ships
 from click.testing import CliRunner
+from conftest import Raster, write_raster
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
+from rasterio.transform import from_origin
 from test_vectors import shown
 
 from babelrs_geo import cli
 from babelrs_geo.archive.check import verify
-from babelrs_geo.archive.drawing import png
+from babelrs_geo.archive.drawing import map_of, png
 from babelrs_geo.archive.export import best_of_doubles, cells, export
 from babelrs_geo.archive.ledger import Ledger
 from babelrs_geo.archive.outputs import files_of, output_of, remove
@@ -265,6 +268,57 @@ def test_every_result_has_a_valid_stac_item_without_paths_of_the_host(results):
         if row["footprint"]:
             assert item.bbox == list(shapely.geometry.shape(item.geometry).bounds)
             assert shapely.geometry.shape(item.geometry).is_valid
+
+
+@pytest.fixture(scope="module")
+def across(tmp_path_factory) -> Path:
+    """An archive of a scene on both sides of the antimeridian, and one with a site's own axes."""
+    folder = tmp_path_factory.mktemp("across")
+    (folder / "in").mkdir()
+    x, y = pyproj.Transformer.from_crs(4326, 32601, always_xy=True).transform(-180.0, 52.0)
+    image = np.full((96, 96), 20, np.uint8)
+    image[40:46, 40:56] = 200
+    places = {"aleutians": "EPSG:32601", "site": 'LOCAL_CS["site",UNIT["metre",1]]'}
+    for name, crs in places.items():
+        transform = from_origin(x - 480, y + 480, 10, 10)
+        write_raster(folder / "in" / name, Raster(image, crs=crs, transform=transform))
+    go(folder / "in", folder / "out", suffix=".gpkg")
+    return folder / "out"
+
+
+def test_across_the_antimeridian_nothing_spans_the_world(across, tmp_path):
+    with Ledger(across) as ledger:
+        rows = {Path(row["source"]).stem: row for row in ledger.rows("SELECT * FROM scenes")}
+        assert {row["state"] for row in rows.values()} == {"done"}
+        done = export(ledger, tmp_path / "all.gpkg")
+        page = report(ledger, tmp_path / "page.html").read_text()
+    assert done.detections == 2
+    items = {
+        name: json.loads((across / row["output"]).with_suffix(".json").read_text())
+        for name, row in rows.items()
+    }
+    assert items["site"]["geometry"] is None and rows["site"]["footprint"] is None
+    west, _, east, _ = items["aleutians"]["bbox"]
+    assert 179.99 < west < 180 and -180 < east < -179.99
+    outline = shapely.geometry.shape(items["aleutians"]["geometry"])
+    assert outline.is_valid and len(outline.geoms) == 2 and outline.area < 1e-3
+    (ship,) = gpd.read_file(tmp_path / "all.gpkg", layer="detections").geometry  # the site's has no place
+    assert len(ship.geoms) == 2 and ship.area < 1e-5
+    corners = [point.split(",") for point in re.search(r'<polygon points="([^"]+)"', page)[1].split()]
+    assert np.ptp(np.array(corners, float)[:, 0]) > 100  # the map is of the scene, not of the world
+
+
+def test_the_map_is_of_the_narrower_world():
+    def ring(west):
+        return [[west, 0], [west + 2, 0], [west + 2, 1], [west, 1], [west, 0]]
+
+    def left(drawn):
+        return [float(x) for x in re.findall(r'<polygon points="([\d.]+),', drawn)]
+
+    across, within = (left(map_of([("done", ring(170)), ("done", ring(other))])) for other in (-175, 155))
+    assert np.ptp(across) == pytest.approx(np.ptp(within), abs=0.2)
+    degrees = map_of([("done", ring(178)), ("done", ring(-179))])
+    assert "-179" in degrees and "181" not in degrees
 
 
 def test_export_and_report_from_the_command_line(results, tmp_path):

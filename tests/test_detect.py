@@ -8,8 +8,11 @@ import warnings
 
 import geopandas as gpd
 import numpy as np
+import pyproj
 import pytest
-from shapely.geometry import box
+from affine import Affine
+from rasterio.control import GroundControlPoint
+from shapely.geometry import MultiPolygon, box
 from simple_scenes import (
     LEFT,
     PIXEL,
@@ -25,8 +28,9 @@ from simple_scenes import (
 )
 
 import babelrs_geo as bg
-from babelrs_geo import concepts
+from babelrs_geo import concepts, vectors
 from babelrs_geo import detect as detect_function
+from babelrs_geo.detect.area import area_of
 from babelrs_geo.errors import (
     BatchError,
     GeorefError,
@@ -196,6 +200,38 @@ def test_an_area_of_interest_limits_detections_and_coverage(scene, tmp_path, crs
     assert found.coverage["area_km2"].sum() == pytest.approx(1.0, rel=0.01)
 
 
+def degrees(kind):
+    """Keywords of a scene of 100 by 100 pixels with the antimeridian through its middle."""
+    if kind == "affine":
+        return {"crs": "EPSG:4326", "transform": Affine(0.001, 0, 179.95, 0, -0.001, 10)}
+    if kind == "utm":
+        x, y = pyproj.Transformer.from_crs(4326, 32601, always_xy=True).transform(-180.0, 10.0)
+        return {"crs": "EPSG:32601", "transform": Affine(110, 0, x - 5500, 0, -110, y)}
+    lon = {px: (179.95 + px * 0.001 + 180) % 360 - 180 for px in (0, 50.5, 100)}
+    points = [GroundControlPoint(py, px, lon[px], 10 - py * 0.001) for px in lon for py in (0, 50, 100)]
+    return {"crs": "EPSG:4326", "gcps": points}
+
+
+@pytest.mark.parametrize("kind", ["affine", "gcps", "utm"])
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:32660"])
+def test_an_area_on_both_sides_of_the_antimeridian_is_all_looked_at(tmp_path, kind, crs):
+    halves = [box(179.9, 9.92, 180, 9.98), box(-180, 9.92, -179.9, 9.98)]
+    whole = gpd.GeoSeries([MultiPolygon(halves)], crs="EPSG:4326").to_crs(crs)
+    if crs != "EPSG:4326":  # in one piece, as drawn on such a map
+        whole = whole.buffer(1).buffer(-1)
+    whole.to_file(tmp_path / "aoi.gpkg")
+    with scene_of(tmp_path / "s.tif", canvas(100, 100, SHIPS), **degrees(kind)) as scene:
+        area = area_of(scene, tmp_path / "aoi.gpkg")
+        tiles = np.array([[x, y, 25, 25] for y in (25, 50) for x in (0, 25, 50, 75)])
+        assert area.touches(tiles).all()
+        px, py = np.meshgrid([3.0, 47, 53, 97], [10.0, 50, 90])
+        assert area.holds(px.ravel(), py.ravel()).reshape(3, 4).tolist() == [
+            [False] * 4,
+            [True] * 4,
+            [False] * 4,
+        ]
+
+
 def test_an_area_elsewhere_is_refused_and_for_a_scene_without_georeference_it_is_in_pixels(scene, tmp_path):
     aoi = area_file(tmp_path / "aoi.gpkg", 200, 200, 300, 300)
     with pytest.raises(LabelError, match=r"aoi.gpkg does not touch harbour"):
@@ -240,6 +276,24 @@ def test_results_are_saved_in_any_crs_and_never_over_an_existing_file_by_acciden
     moved = found.features.to_crs(read.crs)
     np.testing.assert_allclose(read.total_bounds, moved.total_bounds, atol=1e-3)
     found.save(path, overwrite=True)
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".parquet", ".geojson"])
+def test_a_result_on_both_sides_of_the_antimeridian_is_cut_there(tmp_path, suffix):
+    x, y = pyproj.Transformer.from_crs(4326, 32601, always_xy=True).transform(-180.0, 10.0)
+    place = {"crs": "EPSG:32601", "transform": Affine(10, 0, x - 500, 0, -10, y)}
+    ships = [(47, 20, 6, 6), (10, 10, 9, 5), (70, 60, 9, 5)]
+    with scene_of(tmp_path / "s.tif", canvas(100, 100, ships), **place) as scene:
+        found = bg.detect(scene, BrightWeights(), bg.DetectOptions(**SMALL))
+    path = found.save(tmp_path / f"out{suffix}", crs="EPSG:4326")
+    back = vectors.read_result(path)
+    assert len(back.features) == 3 and len(back.coverage) == len(found.coverage)
+    for frame, own in ((back.features, found.features), (back.coverage, found.coverage)):
+        pieces = frame.geometry.explode().bounds
+        assert (pieces["maxx"] - pieces["minx"]).max() < 0.1 and set(np.sign(pieces["minx"])) == {-1, 1}
+        np.testing.assert_allclose(
+            vectors.area_km2(frame.geometry), vectors.area_km2(own.geometry), rtol=1e-3
+        )
 
 
 def test_a_crs_that_is_none_or_cannot_show_the_ground_is_refused(scene, tmp_path):

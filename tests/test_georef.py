@@ -18,6 +18,10 @@ from rasterio.transform import from_origin
 from babelrs_geo.errors import GeorefError
 from babelrs_geo.georef import Georef
 
+LOCAL = (
+    'LOCAL_CS["Local Coordinates (m)",LOCAL_DATUM["Local Datum",0],UNIT["metre",1],AXIS["X",EAST],'
+    'AXIS["Y",NORTH]]'
+)
 PIXELS = st.floats(-500.0, 20_000.0, allow_nan=False)
 
 
@@ -234,6 +238,47 @@ def test_a_scene_across_the_antimeridian_stays_in_one_piece():
     assert georef.ground_sampling_distance(100, 50) == pytest.approx(108.0, rel=0.02)
 
 
+@given(
+    west=st.floats(-360.0, 360.0),
+    reach=st.floats(1e-3, 361.0),
+    width=st.integers(1, 100_000),
+    turn=st.sampled_from([0.0, 30.0, 180.0]),
+    sized=st.booleans(),
+    share=st.floats(0.0, 1.0),
+)
+def test_grids_in_degrees_are_the_identity_there_and_back_in_whichever_turn(
+    west, reach, width, turn, sized, share
+):
+    affine = Affine.translation(west, 10.0) @ Affine.rotation(turn) @ Affine.scale(reach / width, -1e-3)
+    georef = Georef.from_affine(affine, "EPSG:4326", (width, 100) if sized else None)
+    px, py = np.array([0.0, share * width, float(width)]), np.array([0.0, 50.0, 100.0])
+    assert max(there_and_back(georef, px, py)) < 1e-6
+    if reach < (360.0 if sized else 180.0) and 0 < share < 1:
+        back = georef.to_pixel(*georef.to_lonlat(px, py))
+        assert np.abs(back[0] - px)[1] * reach / width < 1e-9
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:4269"])
+@pytest.mark.parametrize("west", [179.5, -180.5, 200.0, 0.0])
+def test_a_grid_in_degrees_takes_longitudes_of_any_turn(west, crs):
+    georef = Georef.from_affine((0.001, 0, west, 0, -0.001, 10), crs, (1000, 1000))
+    lon, lat = georef.to_lonlat(800, 500)
+    assert float(lon) == pytest.approx((west + 0.8 + 180) % 360 - 180)
+    for turn in (-360, 0, 360):
+        assert np.array(georef.to_pixel(lon + turn, lat)) == pytest.approx([800, 500], abs=1e-6)
+        assert np.array(georef.to_pixel(west - 0.01 + turn, lat)) == pytest.approx([-10, 500], abs=1e-6)
+    globe = Georef.from_affine((0.25, 0, 0, 0, -0.25, 90), crs, (1440, 720))
+    assert np.array(globe.to_pixel([-90.0, 90.0], 0.0)[0]).tolist() == [1080.0, 360.0]
+
+
+def test_rpcs_take_longitudes_of_any_turn():
+    georef = Georef.from_rpcs(made_up_rpc(long_off=179.99).to_gdal())
+    px, py = np.array([1000.0, 11_000.0]), np.array([5000.0, 5000.0])
+    lon, lat = georef.to_lonlat(px, py)
+    assert lon[0] > 0 > lon[1]
+    np.testing.assert_allclose(georef.to_pixel(lon, lat), (px, py), atol=0.05)
+
+
 def test_no_georeference_gives_pixels_and_refuses_the_ground():
     assert Georef().crs is None
     np.testing.assert_array_equal(Georef().to_map([1.5], [2.5]), ([1.5], [2.5]))
@@ -242,6 +287,16 @@ def test_no_georeference_gives_pixels_and_refuses_the_ground():
     with pytest.raises(GeorefError, match="no CRS"):
         Georef.from_affine((1, 0, 0, 0, -1, 0)).to_lonlat(0, 0)
     assert Georef().gcp_residuals().size == 0
+
+
+@pytest.mark.parametrize("crs", [LOCAL, "+proj=longlat +R=1737400 +no_defs"], ids=["site", "moon"])
+def test_a_crs_that_is_not_of_the_earth_has_a_map_and_no_longitude(crs):
+    georef = Georef.from_affine((0.5, 0, 10, 0, -0.5, 50), crs)
+    assert georef.crs is not None and not georef.on_earth
+    assert np.array(georef.to_map(2, 4)).tolist() == [11, 48]
+    assert georef.ground_sampling_distance(0, 0) is None
+    with pytest.raises(GeorefError, match="not of the Earth"):
+        georef.to_lonlat(0, 0)
 
 
 @pytest.mark.parametrize(

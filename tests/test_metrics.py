@@ -314,6 +314,17 @@ def test_the_threshold_lies_in_the_middle_of_the_range_that_is_as_good():
     assert metrics.best_f1_thresholds(found, truth, slack=0.21) == {"ship": pytest.approx(0.45)}
 
 
+def test_crowded_images_count_whole_but_for_average_precision_as_coco_has_it():
+    places = np.arange(150)
+    crowd = np.column_stack([places * 20.0, np.full(150, 5.0), np.full((150, 2), 10.0), np.zeros(150)])
+    labels, scores = np.zeros(150, np.int64), 0.9 - places * 0.005
+    truth = [Detections(crowd, np.ones(150), labels, ("car",), True)]
+    found = [Detections(crowd, scores, labels, ("car",), True)]
+    assert metrics.precision_recall(found, truth) == {"car": (1.0, 1.0)}
+    assert metrics.best_f1_thresholds(found, truth)["car"] < 0.17
+    assert metrics.average_precision(found, truth, (0.5,), "coco").detections.tolist() == [100]
+
+
 def test_what_cannot_be_evaluated_is_told():
     predictions, truths = scenes(3)
     with pytest.raises(ParameterError, match="2 predictions and 3 truths"):

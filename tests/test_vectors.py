@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas as gpd
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 
 from babelrs_geo import boxes, qgis, vectors
 from babelrs_geo.detections import Detections
-from babelrs_geo.errors import LabelError, OutputError
+from babelrs_geo.errors import GeorefError, LabelError, OutputError
 from babelrs_geo.georef import Georef
 from babelrs_geo.tiling import Grid
 
@@ -210,6 +211,12 @@ def test_a_scene_without_georeference_stays_in_pixels_y_down_and_says_so() -> No
     with pytest.warns(UserWarning, match="no CRS"):
         unknown = vectors.features(detections(rows), Georef.from_affine((2, 0, 100, 0, -2, 100)), ORIGIN)
     assert unknown.total_bounds.tolist() == [140, 14, 180, 26]
+    local = Georef.from_affine((2, 0, 100, 0, -2, 100), 'LOCAL_CS["Local Coordinates (m)",UNIT["metre",1]]')
+    with pytest.warns(UserWarning, match=r"not of the Earth \(Local Coordinates"):
+        table = vectors.features(detections(rows), local, ORIGIN)
+    assert table.crs == local.crs and table.total_bounds.tolist() == [140, 14, 180, 26]
+    assert table[["length_m", "lon", "lat"]].isna().all(axis=None)
+    assert vectors.coverage([(0, 0, 9, 9)], ["empty"], [""], local)["area_km2"].isna().all()
 
 
 # --- coverage ---
@@ -286,6 +293,71 @@ def test_an_area_of_interest_cuts_the_coverage_and_no_tile_is_lost(name: str) ->
     assert whole["area_km2"].tolist() == pytest.approx(table["area_km2"].tolist(), abs=2e-6)
 
 
+@settings(max_examples=20)
+@given(
+    crs=st.sampled_from(["EPSG:32601", "EPSG:32660", "EPSG:3413", "EPSG:3031"]),
+    place=st.tuples(st.floats(-6000, 6000), st.floats(-6000, 6000)),
+)
+def test_a_hole_is_not_counted_wherever_it_lies(crs: str, place: tuple[float, float]) -> None:
+    polar = crs in ("EPSG:3413", "EPSG:3031")
+    x, y = (0.0, 0.0) if polar else from_lonlat(pyproj.CRS(crs)).transform(180.0, 52.0)
+    west, north = x - 5000 + place[0], y + 5000 + place[1]
+    georef = Georef.from_affine((10, 0, west, 0, -10, north), crs)
+    tiles = [(column * 200, row * 200, 200, 200) for row in range(5) for column in range(5)]
+    states = ["empty"] * 12 + ["detected"] + ["empty"] * 12
+    table = vectors.coverage(tiles, states, [""] * 25, georef).set_index("state")
+    assert table.loc["empty", "area_km2"] == pytest.approx(24 * table.loc["detected", "area_km2"], rel=1e-3)
+    assert table["area_km2"].sum() == pytest.approx(100.0, rel=0.07)
+
+
+def square(crs: str, x: float, y: float, side: float) -> gpd.GeoSeries:
+    """A square with a hole of a ninth of it, about a place in map coordinates."""
+    outer, inner = (shapely.box(x - s, y - s, x + s, y + s) for s in (side / 2, side / 6))
+    return gpd.GeoSeries([shapely.difference(outer, inner), None], crs=crs)
+
+
+@settings(max_examples=30)
+@given(
+    crs=st.sampled_from(["EPSG:32601", "EPSG:32660", "EPSG:3832"]),
+    lon=st.floats(179.9, 180.1),
+    lat=st.floats(-60.0, 60.0),
+)
+def test_what_crosses_the_antimeridian_is_cut_there(crs: str, lon: float, lat: float) -> None:
+    shapes = square(crs, *from_lonlat(pyproj.CRS(crs)).transform(lon, lat), 5000.0)
+    cut = vectors.to_crs(shapes, "EPSG:4326")
+    assert cut.crs == "EPSG:4326" and cut.iloc[1] is None and cut.iloc[0].is_valid
+    pieces = cut.explode().dropna()
+    assert (pieces.bounds["maxx"] - pieces.bounds["minx"]).max() < 0.2
+    assert vectors.area_km2(cut)[0] == pytest.approx(vectors.area_km2(shapes)[0], rel=1e-3)
+    back = cut.to_crs(crs)
+    assert back.iloc[0].symmetric_difference(shapes.iloc[0]).area < 1e-3 * shapes.iloc[0].area
+
+
+def test_a_grid_in_degrees_is_cut_and_a_globe_is_not() -> None:
+    shapes = gpd.GeoSeries([shapely.box(179, 0, 181, 1), shapely.box(-180, -90, 180, 90)], crs="EPSG:4326")
+    cut = vectors.to_crs(shapes, "EPSG:4326")
+    assert shapely.bounds(shapely.get_parts(cut.iloc[0])).tolist() == [[-180, 0, -179, 1], [179, 0, 180, 1]]
+    assert cut.iloc[1].equals(shapes.iloc[1])
+
+
+@pytest.mark.parametrize(("crs", "lat"), [("EPSG:3413", 89.9), ("EPSG:3031", -89.9)])
+def test_what_lies_around_a_pole_reaches_it(crs: str, lat: float) -> None:
+    solid = gpd.GeoSeries([shapely.Point(300.0, 200.0).buffer(5000.0)], crs=crs)
+    cut = vectors.to_crs(solid, "EPSG:4326").iloc[0]
+    west, south, east, north = cut.bounds
+    assert (west, east) == (-180, 180) and 90 in (-south, north)
+    assert cut.is_valid and cut.area == pytest.approx(360 * 5000 / 111_700, rel=0.05)
+    ring = vectors.to_crs(square(crs, 300.0, 200.0, 15000.0), "EPSG:4326").iloc[0]
+    assert not ring.intersects(shapely.Point(40.0, np.copysign(89.999, lat)))
+    assert ring.intersects(shapely.Point(40.0, np.copysign(89.955, lat)))
+
+
+def test_a_crs_that_nothing_leads_to_is_told() -> None:
+    shapes = gpd.GeoSeries([shapely.box(0, 0, 1, 1)], crs='LOCAL_CS["site",UNIT["metre",1]]')
+    with pytest.raises(GeorefError, match="no transformation leads from site"):
+        vectors.to_crs(shapes, "EPSG:4326")
+
+
 def test_an_area_along_the_edges_of_tiles_leaves_polygons_alone() -> None:
     table = vectors.coverage([[0, 0, 9, 9], [9, 0, 9, 9]], ["detected", "empty"], ["", ""], Georef())
     part = vectors.cut(table, shapely.box(0, 0, 9, 9))
@@ -352,6 +424,8 @@ def test_no_detections_still_give_a_layer_with_its_columns(
         assert (types["class"], types["score"], types["acquired"]) == ("OFTString", "OFTReal", "OFTDateTime")
     if suffix == ".parquet":
         assert back.dtypes.drop("bbox", errors="ignore").equals(none.dtypes)
+    assert len(vectors.read_result(path).features[["class", "score", "box", "sensor"]]) == 0
+    assert len(vectors.read_labels(path).frame) == 0
 
 
 @pytest.mark.parametrize("suffix", vectors.SUFFIXES)
@@ -420,6 +494,16 @@ def test_provenance_travels_in_parquet_and_geojson_too(
     assert json.loads(pq.read_schema(parquet).metadata[vectors.PROVENANCE_KEY]) == expected
     geojson = vectors.write(tmp_path / "out.geojson", found, ground, PROVENANCE)
     assert json.loads(geojson.read_text())["provenance"] == expected
+
+
+@pytest.mark.parametrize("crs", [None, 'LOCAL_CS["site",UNIT["metre",1]]'])
+def test_geojson_takes_only_what_has_longitude_and_latitude(
+    tmp_path: Path, found: gpd.GeoDataFrame, ground: gpd.GeoDataFrame, crs: str | None
+) -> None:
+    found, ground = (table.set_crs(crs, allow_override=True) for table in (found, ground))
+    with pytest.raises(OutputError, match=r"out\.geojson: GeoJSON holds .* write \.gpkg or \.parquet"):
+        vectors.write(tmp_path / "out.geojson", found, ground, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_geojson_is_cut_at_the_antimeridian(tmp_path: Path) -> None:
@@ -642,6 +726,7 @@ def test_areas_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
     table.write_text("a,b\n1,2\n")
     two = save_area(tmp_path / "two.gpkg", [square], "EPSG:4326")
     gpd.GeoDataFrame(geometry=[square], crs="EPSG:4326").to_file(two, layer="fields")
+    pyogrio.write_dataframe(pd.DataFrame({"a": [1]}), two, layer="notes")
     with pytest.warns(UserWarning, match="'crs' was not provided"):
         bare = save_area(tmp_path / "bare.shp", [square], None)
     far = save_area(tmp_path / "far.gpkg", [shapely.box(10, 40, 11, 41)], "EPSG:4326")
@@ -654,6 +739,7 @@ def test_areas_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
         (far, "beyond the ground"),
         (two, r"2 layers \(two, fields\).*\|layername=two"),
         (f"{two}|layername=forests", "cannot be read as vectors"),
+        (f"{two}|layername=notes", "no geometry in layer notes"),
     ]
     for path, message in cases:
         with pytest.raises(LabelError, match=message) as caught:
@@ -661,4 +747,62 @@ def test_areas_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
         assert "\n" not in str(caught.value)
     with pytest.raises(LabelError, match="the scene has none"):
         vectors.read_area(f"{two}|layername=fields", None)
+    with pytest.raises(LabelError, match="cannot be laid over the scene: no transformation"):
+        vectors.read_area(f"{two}|layername=fields", 'LOCAL_CS["site",UNIT["metre",1]]')
     assert vectors.read_area(f"{two}|layername=fields", "EPSG:4326").equals(square)
+
+
+# --- labels ---
+
+
+def on_scene(shapes: list[shapely.Geometry], name: str = "utm") -> vectors.Objects:
+    """Shapes in scene pixels as labels in its CRS, brought back."""
+    georef = replace(GEOREFS[name], size=(1000, 1000))
+    drawn = shapely.transform(shapes, lambda p: np.stack(georef.to_map(*p.T), 1))
+    frame = gpd.GeoDataFrame({"class": list(map(str, range(len(drawn))))}, geometry=drawn, crs=georef.crs)
+    return vectors.Labels("labels", "auto", frame).on("scene", georef, alone=True)
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.integers(-300, 1300), st.integers(-300, 1300), st.integers(3, 9), st.floats(0, 360)),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_labels_come_back_as_they_do_one_by_one(
+    many: list[tuple[int, int, int, float]], upright: bool
+) -> None:
+    shapes = []
+    for x, y, corners, turn in many:
+        around = np.radians(turn + np.linspace(0, 360, corners, endpoint=False))
+        shapes.append(shapely.Polygon(np.stack([x + 20 * np.cos(around), y + 9 * np.sin(around)], 1)))
+    if upright:
+        shapes = list(shapely.envelope(shapes))
+    together, apart = on_scene(shapes), [on_scene([shape]) for shape in shapes]
+    inside = [bool(shapely.box(0, 0, 1000, 1000).intersects(shapely.envelope(s))) for s in shapes]
+    assert [len(one) for one in apart] == inside
+    assert together.classes.tolist() == [str(i) for i, kept in enumerate(inside) if kept]
+    if len({bool(o) for one in apart for o in one.oriented}) == 1:
+        np.testing.assert_allclose(together.boxes, np.concatenate([one.boxes for one in apart]), atol=1e-6)
+
+
+def test_labels_of_another_scene_do_not_turn_the_boxes_of_this_one() -> None:
+    here, there = (
+        shapely.box(10, 10, 40, 30),
+        shapely.Polygon([(2000, 0), (2040, 10), (2035, 30), (1995, 20)]),
+    )
+    assert on_scene([here, there]).oriented.tolist() == [False]
+    assert on_scene([shapely.transform(there, lambda p: p - [1900, 0]), here]).oriented.tolist() == [
+        True,
+        True,
+    ]
+
+
+def test_labels_that_nothing_brings_to_the_scene_are_told() -> None:
+    local = Georef.from_affine((1, 0, 0, 0, -1, 9), 'LOCAL_CS["site",UNIT["metre",1]]', (9, 9))
+    frame = gpd.GeoDataFrame({"class": ["ship"]}, geometry=[shapely.box(0, 0, 1, 1)], crs="EPSG:4326")
+    with pytest.raises(LabelError, match="no transformation leads from WGS 84 to the scene's site"):
+        vectors.Labels("labels", "auto", frame).on("scene", local, alone=True)
+    assert len(vectors.Labels("labels", "auto", frame.iloc[:0]).on("s", local, alone=True)) == 0

@@ -40,7 +40,8 @@ def map_of(footprints: Sequence[tuple[str, Ring]]) -> str:
     """Footprints (state, ring of lon, lat) as an SVG in plate carrée, stretched to true shape at its middle."""
     if not footprints:
         return "<p>No scene with a place on the map yet.</p>"
-    points = np.concatenate([np.asarray(ring, float)[:, :2] for _, ring in footprints])
+    states, rings = [state for state, _ in footprints], _together([ring for _, ring in footprints])
+    points = np.concatenate(rings)
     west, south = points.min(0)
     east, north = points.max(0)
     middle = math.radians((south + north) / 2)
@@ -53,10 +54,10 @@ def map_of(footprints: Sequence[tuple[str, Ring]]) -> str:
         return (lon - x0) * squeeze * scale, (y0 - lat) * scale
 
     parts = [_graticule(x0, y0, squeeze, scale, place)]
-    for state, ring in sorted(footprints, key=lambda each: -_area(each[1])):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point[:2]) for point in ring))
+    for state, ring in sorted(zip(states, rings, strict=True), key=lambda each: -_area(each[1])):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in ring))
         colour = COLOURS.get(state, "#000")
-        x, y = np.mean([place(*point[:2]) for point in ring], axis=0)
+        x, y = np.mean([place(*point) for point in ring], axis=0)
         # A dot, where the scene alone would be too small to be seen.
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         parts.append(
@@ -70,8 +71,20 @@ def map_of(footprints: Sequence[tuple[str, Ring]]) -> str:
     )
 
 
-def _area(ring: Ring) -> float:
-    x, y = np.asarray(ring, float)[:, :2].T
+def _together(rings: Sequence[Ring]) -> list[NDArray[np.float64]]:
+    """Rings (K, 2) that run on across the antimeridian, side by side: in the world about 0 or the one about 180
+    degrees, whichever is the narrower map.
+    """
+    whole = [np.asarray(ring, float)[:, :2] for ring in rings]
+    whole = [np.column_stack([np.unwrap(ring[:, 0], period=360.0), ring[:, 1]]) for ring in whole]
+    ends = np.array([(ring[:, 0].min(), ring[:, 0].max()) for ring in whole])
+    worlds = [-360.0 * np.round((ends.mean(1) - middle) / 360.0) for middle in (0.0, 180.0)]
+    turns = min(worlds, key=lambda turns: float(np.ptp(ends + turns[:, None])))
+    return [ring + np.array([turn, 0.0]) for ring, turn in zip(whole, turns, strict=True)]
+
+
+def _area(ring: NDArray[np.float64]) -> float:
+    x, y = ring.T
     return float(abs(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])) / 2)
 
 
@@ -90,6 +103,8 @@ def _graticule(
             x, y = place(value, y0) if across else place(x0, value)
             line = f'x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{MAP_HEIGHT}"'
             label = f'x="{x + 3:.1f}" y="{MAP_HEIGHT - 5}"'
+            if across and abs(value) > 180.0:
+                value = (value + 180.0) % 360.0 - 180.0
             if not across:
                 line = f'x1="0" x2="{MAP_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"'
                 label = f'x="4" y="{y - 3:.1f}"'
@@ -152,6 +167,8 @@ class Quicklooks:
 
 def quicklook(look: Look) -> str:
     """A scene with what was found in it, as an SVG that holds its pixels. Raises SceneError, LabelError."""
+    import shapely
+
     from babelrs_geo.scenes import SceneOptions, open_scene
     from babelrs_geo.vectors import read_result
 
@@ -169,11 +186,11 @@ def quicklook(look: Look) -> str:
         for shape in shapes:
             if shape is None or shape.is_empty:
                 continue
-            outline = shape.geoms[0] if shape.geom_type == "MultiPolygon" else shape
-            x, y = np.array(outline.exterior.coords)[:, :2].T
-            if found.crs is not None:
-                x, y = scene.georef.to_pixel(x, y)
-            drawn.append(" ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x * scale, y * scale, strict=True)))
+            for outline in shapely.get_parts(shape):
+                x, y = np.array(outline.exterior.coords)[:, :2].T
+                if found.crs is not None:
+                    x, y = scene.georef.to_pixel(x, y)
+                drawn.append(" ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x * scale, y * scale, strict=True)))
     pixels = base64.b64encode(png(np.rint(image * 255).astype(np.uint8))).decode()
     boxes = "".join(f'<polygon points="{points}" class="box"/>' for points in drawn)
     return (

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import shapely
 
 from babelrs_geo.archive.ledger import Ledger
 from babelrs_geo.errors import GeorefError, OutputError, ParameterError
-from babelrs_geo.vectors import check_name, drop_journals
+from babelrs_geo.vectors import check_name, drop_journals, to_crs
 
 CRS = "EPSG:4326"
 DEGREES = 10
@@ -143,22 +144,26 @@ def _pieces(
 
 
 def _read(path: Path, source: str) -> gpd.GeoDataFrame:
-    """A result's features in EPSG:4326, without geometry where there is no place."""
+    """A result's features in EPSG:4326, without geometry where there is no place on Earth."""
     frame = (
         gpd.read_parquet(path) if path.suffix == ".parquet" else pyogrio.read_dataframe(path, layer=_LAYER)
     )
     if frame.geometry.name != "geometry":
         frame = frame.rename_geometry("geometry")
-    if frame.crs is None:
-        frame = frame.set_geometry(gpd.GeoSeries([None] * len(frame), index=frame.index, crs=CRS))
-    elif len(frame):
-        frame = frame.to_crs(CRS)
-        if not np.isfinite(frame.total_bounds).all() and frame.geometry.notna().any():
-            raise GeorefError(f"{path} has features that {CRS} cannot show; export it by itself")
-    else:
-        frame = frame.to_crs(CRS)
+    shapes = _places(frame.geometry)
+    if shapes.notna().any() and not np.isfinite(shapes.total_bounds).all():
+        raise GeorefError(f"{path} has features that {CRS} cannot show; export it by itself")
+    frame = frame.set_geometry(shapes)
     frame["acquired"] = pd.to_datetime(frame["acquired"], utc=True).astype("datetime64[ms, UTC]")
     return frame.assign(source=source)
+
+
+def _places(shapes: gpd.GeoSeries) -> gpd.GeoSeries:
+    """Shapes in EPSG:4326, all None in pixels and in a CRS that is not of the Earth."""
+    if shapes.crs is not None:
+        with suppress(GeorefError):
+            return to_crs(shapes, CRS)
+    return gpd.GeoSeries([None] * len(shapes), index=shapes.index, crs=CRS)
 
 
 def _joined(frames: list[gpd.GeoDataFrame], tally: _Tally, once: bool) -> gpd.GeoDataFrame:

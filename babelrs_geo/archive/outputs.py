@@ -92,11 +92,14 @@ def _flush(folder: Path) -> None:
 
 
 def footprint(scene: Any) -> list[list[float]] | None:
-    """The ring around a scene in longitude and latitude, closed and counter-clockwise; None without georeference."""
+    """The ring around a scene in longitude and latitude, closed and counter-clockwise; None without a place on Earth.
+
+    Across the antimeridian it comes back at the other side.
+    """
     import numpy as np
     import shapely
 
-    if scene.georef.crs is None:
+    if not scene.georef.on_earth:
         return None
     run = np.linspace(0, 1, _EDGE + 1)[:-1]
     one, zero = np.ones_like(run), np.zeros_like(run)
@@ -128,12 +131,11 @@ def stac_item(
     if "://" in source:
         assets["scene"] = {"href": source, "roles": ["source"]}
     acquired = provenance["scene"]["acquired"]
-    lon, lat = ([p[axis] for p in ring or ()] for axis in (0, 1))
     item: dict[str, Any] = {
         "type": "Feature",
         "stac_version": "1.0.0",
         "id": stem,
-        "geometry": None if ring is None else {"type": "Polygon", "coordinates": [ring]},
+        "geometry": None,
         "properties": {
             "datetime": acquired or provenance["finished"],
             "created": provenance["finished"],
@@ -149,9 +151,28 @@ def stac_item(
         "links": [],
         "assets": assets,
     }
-    if ring is not None:
-        item["bbox"] = [min(lon), min(lat), max(lon), max(lat)]
-    return item
+    return item if ring is None else item | _extent(ring)
+
+
+def _extent(ring: list[list[float]]) -> dict[str, Any]:
+    """A ring as geometry and bounds of GeoJSON: in pieces across the antimeridian, where west is the larger of west and
+    east (RFC 7946, 3.1.9 and 5.2).
+    """
+    import numpy as np
+    import shapely
+
+    from babelrs_geo.vectors.antimeridian import polygons
+
+    lon, lat = np.array(ring).T
+    pieces = [shapely.geometry.polygon.orient(p) for p in shapely.get_parts(polygons(lon[None], lat[None]))]
+    shape = pieces[0] if len(pieces) == 1 else shapely.MultiPolygon(pieces)
+    west, south, east, north = shape.bounds
+    ends = shapely.bounds(pieces)
+    at_west, at_east = np.isclose(ends[:, 0], -180.0, rtol=0), np.isclose(ends[:, 2], 180.0, rtol=0)
+    if at_west.any() and at_east.any() and not (at_west & at_east).any():
+        west, east = ends[~at_west, 0].min(), ends[at_west, 2].max()
+    bbox = [float(side) for side in (west, south, east, north)]
+    return {"geometry": json.loads(shapely.to_geojson(shape)), "bbox": bbox}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

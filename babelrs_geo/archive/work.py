@@ -177,7 +177,7 @@ class Detection:
                 scene = stack.enter_context(open_scene(path, sensor, SceneOptions(**reading)))
                 values["sensor"] = str(scene.sensor)
                 if self.crs is not None:
-                    check_crs(self.crs, georeferenced=scene.georef.crs is not None)
+                    check_crs(self.crs, georeferenced=scene.georef.on_earth)
                 plan = plan_for(scene, weights.header, self.options)
                 options, running = self.options, Running()
                 size = options.batch if isinstance(options.batch, int) else BATCH

@@ -10,18 +10,19 @@ from numpy.typing import NDArray
 
 from babelrs_geo.georef import Georef
 from babelrs_geo.tiling import Rect
+from babelrs_geo.vectors.antimeridian import polygons
 
 PIECES = 8  # parts of each side: a straight row of pixels is no straight line in longitude and latitude
 _SLIVER = 1e-6  # shares of area below this are rounding, where neighbours touch
 
 
 def outlines(rects: Sequence[Rect], georef: Georef) -> NDArray[np.object_]:
-    """Polygons (N,) in longitude and latitude; None where there is no georeference, no CRS or no place.
+    """Polygons (N,) in longitude and latitude; None where there is no place on Earth.
 
     One that crosses the antimeridian is a MultiPolygon, cut there.
     """
     shapes = np.full(len(rects), None, object)
-    if georef.kind == "none" or georef.crs_text is None or not len(rects):
+    if not georef.on_earth or not len(rects):
         return shapes
     numbers = np.array(rects, np.float64)
     run = np.linspace(0, 1, PIECES + 1)[:-1]
@@ -29,22 +30,6 @@ def outlines(rects: Sequence[Rect], georef: Georef) -> NDArray[np.object_]:
     px = numbers[:, :1] + np.concatenate([run, one, 1 - run, zero]) * numbers[:, 2:3]
     py = numbers[:, 1:2] + np.concatenate([zero, run, one, 1 - run]) * numbers[:, 3:4]
     return polygons(*georef.to_lonlat(px, py))
-
-
-def polygons(lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.object_]:
-    """Polygons (N,) through points (N, K), cut at the antimeridian; None where a point is not finite."""
-    shapes = np.full(len(lon), None, object)
-    finite = np.isfinite(lon + lat).all(1)
-    unrolled = lon - 360.0 * np.round((lon - lon[:, :1]) / 360.0)
-    if finite.any():
-        shapes[finite] = shapely.make_valid(shapely.polygons(np.stack([unrolled, lat], -1)[finite]))
-    for i in np.flatnonzero(finite & (np.abs(unrolled).max(1, initial=0) > 180.0)):
-        parts = []
-        for turn in (-360.0, 0.0, 360.0):
-            within = shapely.intersection(shapes[i], shapely.box(-180.0 - turn, -90.0, 180.0 - turn, 90.0))
-            parts.append(shapely.transform(within, lambda p, turn=turn: p + np.array([turn, 0.0])))
-        shapes[i] = shapely.union_all(parts)
-    return shapes
 
 
 def sharing(

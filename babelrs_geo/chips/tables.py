@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from babelrs_geo.boxes import corners
 from babelrs_geo.chips.cut import part_path
-from babelrs_geo.chips.ground import polygons
 from babelrs_geo.chips.plan import Entry, Plan
 from babelrs_geo.errors import LabelError, OutputError
 from babelrs_geo.georef import Georef
 from babelrs_geo.scenes import Scene, SceneOptions, open_scene
 from babelrs_geo.sensors import Radiometry
+from babelrs_geo.vectors.antimeridian import polygons
 
 INDEX, LABELS, NOTE = "index.parquet", "labels.parquet", "tile.json"
 
@@ -173,7 +173,7 @@ def _labels(rows: list[list[Any]], corner: NDArray[np.float64], entry: Entry | N
 
 def _on_the_map(boxes: NDArray[np.float64], georef: Georef) -> NDArray[np.object_]:
     """The boxes in EPSG:4326; None where there is no place."""
-    if georef.kind == "none" or georef.crs_text is None or not len(boxes):
+    if not georef.on_earth or not len(boxes):
         return np.full(len(boxes), None, object)
     quads = corners(boxes)
     return polygons(*georef.to_lonlat(quads[..., 0], quads[..., 1]))

@@ -107,7 +107,7 @@ def detect_verb(**given: Any) -> int:
         from babelrs_geo.detect import check_crs, detect
 
         if output.crs is not None:
-            check_crs(output.crs, georeferenced=scene.georef.crs is not None)
+            check_crs(output.crs, georeferenced=scene.georef.on_earth)
         start = time.perf_counter()
         silent = output.quiet or output.as_json
         spool = path.with_name(f".{path.name}.parts")

@@ -150,7 +150,7 @@ class Found:
 
         Raises `OutputError` where the file exists and `overwrite` is False or where it cannot be written,
         `ParameterError` for an unknown suffix or CRS, `GeorefError` where there is no georeference to
-        transform from.
+        transform from, or none that leads to `crs`.
         """
         from babelrs_geo import vectors
 
@@ -342,8 +342,8 @@ def check_crs(crs: str, *, georeferenced: bool) -> Any:
         ) from None
     if not georeferenced:
         raise GeorefError(
-            f"the scene has no georeference, so its features cannot be written in {crs}: leave the CRS out "
-            "(they are then in pixels), or give the scene a georeference"
+            f"the scene has no place on Earth, so its features cannot be written in {crs}: leave the CRS out "
+            "(they are then in pixels, or in the scene's own axes), or give the scene a georeference"
         )
     return target
 
@@ -351,7 +351,9 @@ def check_crs(crs: str, *, georeferenced: bool) -> Any:
 def _to_crs(frame: gpd.GeoDataFrame, crs: Any) -> gpd.GeoDataFrame:
     import numpy as np
 
-    moved = frame.to_crs(crs)
+    from babelrs_geo import vectors
+
+    moved = frame.set_geometry(vectors.to_crs(frame.geometry, crs))
     if len(moved) and not np.isfinite(moved.total_bounds).all():
         raise GeorefError(
             f"the scene lies outside the ground that {crs.to_string()} can show: pass another CRS"

@@ -56,16 +56,23 @@ class MapArea:
 
 
 def area_of(scene: Scene, path: str | os.PathLike[str]) -> MapArea:
-    """The area of interest in `path`, in the scene's map coordinates."""
+    """The area of interest in `path`, in the scene's map coordinates.
+
+    In degrees those may run on beyond 180: the area is laid over each turn of the globe that the scene shows.
+    """
     import numpy as np
+    import shapely
 
     from babelrs_geo import vectors
 
-    area = MapArea(vectors.read_area(path, scene.georef.crs), scene)
+    drawn = vectors.read_area(path, scene.georef.crs)
+    turns = (-360.0, 0.0, 360.0) if scene.georef.in_degrees else (0.0,)
+    laid = [shapely.transform(drawn, lambda p, turn=turn: p + np.array([turn, 0.0])) for turn in turns]
     whole = np.array([[0, 0, scene.width, scene.height]], np.int64)
-    if not area.touches(whole).any():
+    over = [each for each in laid if MapArea(each, scene).touches(whole).any()]
+    if not over:
         raise LabelError(
             f"the area of interest {Path(path).name} does not touch {scene.name}: pass an area over "
             "the scene (babelrs-geo info tells where it lies), or leave it out"
         )
-    return area
+    return MapArea(over[0] if len(over) == 1 else shapely.union_all(over), scene)

@@ -37,7 +37,7 @@ class Plan:
     scale: float
     """Model pixels per scene pixel."""
     gsd: float | None
-    """Metres per model pixel; None for a scene without georeference."""
+    """Metres per model pixel; None for a scene without a place on Earth."""
     classes: tuple[str, ...]
     """The classes that will be reported."""
     caution: str = ""
@@ -98,7 +98,7 @@ def _scale(
     if native is None:
         if isinstance(asked, int | float):
             raise ParameterError(
-                f"the scene has no georeference, so its pixels have no size in metres and it cannot be "
+                f"the scene has no georeference on Earth, so its pixels have no size in metres and it cannot be "
                 f'read at {asked:g} m: pass gsd "{NATIVE}" or leave it out'
             )
         return 1.0, None, ""

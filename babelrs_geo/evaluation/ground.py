@@ -202,9 +202,9 @@ def match(result: Result, truth: gpd.GeoDataFrame, classes: Sequence[str], iou: 
 
 
 def metric_crs(result: Result) -> pyproj.CRS | None:
-    """A CRS in metres for a result: its own where projected, else azimuthal equidistant around it; None for pixels."""
+    """A CRS in metres for a result: its own unless in degrees, then azimuthal equidistant; None for pixels."""
     crs = result.features.crs
-    if crs is None or crs.is_projected:
+    if crs is None or not crs.is_geographic:
         return crs
     lonlat = result.coverage.to_crs("EPSG:4326").geometry
     points = shapely.get_coordinates(lonlat.to_numpy())

@@ -63,9 +63,10 @@ def write_report(
     for name in extras or ():
         check_name(folder / name)
     folder = folder.absolute()
+    beside = folder if folder.is_dir() else folder.parent  # only there is it known to be allowed
     try:
         with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+            prefix=f".{folder.name}.", dir=beside, ignore_cleanup_errors=True
         ) as draft:
             made = Path(draft) / "report"
             made.mkdir()

@@ -123,7 +123,8 @@ class Scene:
         self.options = options or SceneOptions()
         self._reader = Reader(path, height=self.options.height, dem=self.options.dem)
         facts = self._reader.facts
-        self.path, self.name, self.georef = self._reader.path, facts.bands.name, facts.georef
+        self.path, self.name = self._reader.path, facts.bands.name
+        self.georef = replace(facts.georef, size=(facts.width, facts.height))
         self.georef.to_map(0.0, 0.0)  # control points or RPCs that GDAL cannot use are told at once
         if sensor is None:
             self.sensor, self.sensor_reason = infer(facts.bands)
@@ -174,7 +175,7 @@ class Scene:
 
     @property
     def gsd(self) -> float | None:
-        """Metres on the ground per pixel at the scene's centre, None without georeference."""
+        """Metres on the ground per pixel at the scene's centre, None without a place on Earth."""
         return self.georef.ground_sampling_distance(self.width / 2, self.height / 2)
 
     @property

@@ -79,7 +79,7 @@ def describe(scene: Scene) -> dict[str, str]:
         "radiometry": "8-bit, x / 255" if radiometry.is_exact else f"{radiometry.kind}, {_ranges(scene)}",
         "georeference": _georeference(scene),
     }
-    if georef.kind != "none" and scene.gsd is not None:
+    if scene.gsd is not None:
         lon, lat = (float(v) for v in georef.to_lonlat(scene.width / 2, scene.height / 2))
         out["centre"] = f"{abs(lat):.5f} {'NS'[lat < 0]}, {abs(lon):.5f} {'EW'[lon < 0]}"
         out["ground sampling"] = f"{scene.gsd:.4g} m a pixel (true metres, at the centre)"
@@ -102,7 +102,7 @@ def _georeference(scene: Scene) -> str:
     if georef.kind == "none":
         return "none: results will be in pixels"
     code = georef.crs_text if len(georef.crs_text or "") < 20 else "WKT"
-    crs = "no CRS" if georef.crs is None else f"{georef.crs.name} ({code})"
+    crs = f"{georef.crs.name} ({code})" if georef.on_earth and georef.crs is not None else georef.lack
     if georef.kind == "affine":
         turned = georef.affine is not None and (georef.affine.b != 0 or georef.affine.d != 0)
         return f"{'rotated' if turned else 'north-up'} affine, {crs}"

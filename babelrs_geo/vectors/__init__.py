@@ -21,10 +21,12 @@ true ones. Numbers are rounded to what a table can use: millimetres, 0.01 degree
 mm) of longitude and latitude, 0.001 px, 1e-6 of score. Geometry is not rounded.
 
 A scene without georeference has its geometry in pixels, x right and **y down**, in a layer without CRS;
-metres, heading, longitude and latitude are null. Mind that QGIS shows such an image with y up, its rows at
-negative y: the processing tool "Affine transform" with a scale of -1 in y lays the boxes over it.
+metres, heading, longitude and latitude are null, as they are where the CRS is not of the Earth. Mind that
+QGIS shows such an image with y up, its rows at negative y: the processing tool "Affine transform" with a
+scale of -1 in y lays the boxes over it.
 """
 
+from babelrs_geo.vectors.antimeridian import to_crs
 from babelrs_geo.vectors.areas import read_area
 from babelrs_geo.vectors.files import (
     PROVENANCE_KEY,
@@ -58,6 +60,7 @@ __all__ = [
     "read_area",
     "read_labels",
     "read_result",
+    "to_crs",
     "write",
     "write_matches",
 ]

@@ -11,7 +11,8 @@ import pyogrio
 import pyproj
 import shapely
 
-from babelrs_geo.errors import LabelError
+from babelrs_geo.errors import GeorefError, LabelError
+from babelrs_geo.vectors.antimeridian import to_crs
 
 _PIECES = 256  # edges longer than this share of the area are bent in a new CRS
 _MARGIN = 6.0  # degrees around a CRS's area of use within which its coordinates can still be trusted
@@ -45,7 +46,10 @@ def read_area(path: str | os.PathLike[str], crs: pyproj.CRS | str | None) -> sha
     if area.crs != target:
         west, south, east, north = area.total_bounds
         bent = area.segmentize(max(east - west, north - south) / _PIECES)
-        area = _near(bent, target).to_crs(target)
+        try:
+            area = to_crs(_near(bent, target), target)
+        except GeorefError as error:
+            raise LabelError(f"{name} cannot be laid over the scene: {error}") from error
     if not np.isfinite(area.total_bounds).all():
         raise LabelError(
             f"{name} lies beyond the ground that the scene's CRS can express; draw it over the scene"
@@ -61,8 +65,14 @@ def _near(area: gpd.GeoSeries, target: pyproj.CRS) -> gpd.GeoSeries:
     use = target.area_of_use
     if use is None or use.west > use.east:
         return area
-    near = shapely.box(use.west - _MARGIN, use.south - _MARGIN, use.east + _MARGIN, use.north + _MARGIN)
-    lonlat = area.to_crs("EPSG:4326")
+    south, north = use.south - _MARGIN, use.north + _MARGIN
+    near = shapely.union_all(
+        [
+            shapely.box(use.west - _MARGIN + turn, south, use.east + _MARGIN + turn, north)
+            for turn in (-360.0, 0.0, 360.0)  # what lies on both sides of the antimeridian is near as well
+        ]
+    )
+    lonlat = to_crs(area, "EPSG:4326")
     return area if near.covers(shapely.box(*lonlat.total_bounds)) else lonlat.make_valid().intersection(near)
 
 
@@ -78,9 +88,12 @@ def _read_polygons(name: str, layer: str | None) -> gpd.GeoDataFrame:
             )
         if layer is None and not layers:
             raise LabelError(f"{name} holds no geometry; an area of interest needs polygons")
-        return pyogrio.read_dataframe(name, layer=layer or layers[0], columns=[])
+        frame = pyogrio.read_dataframe(name, layer=layer or layers[0], columns=[])
     except LabelError:
         raise
     except (OSError, RuntimeError, ValueError, pa.ArrowException) as error:
         cause = " ".join(str(error).split())
         raise LabelError(f"{name} cannot be read as vectors ({cause}); pass a file of polygons") from error
+    if not isinstance(frame, gpd.GeoDataFrame):
+        raise LabelError(f"{name} holds no geometry in layer {layer}; an area of interest needs polygons")
+    return frame

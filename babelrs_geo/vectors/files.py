@@ -23,6 +23,7 @@ import pyogrio
 
 from babelrs_geo import qgis
 from babelrs_geo.errors import OutputError
+from babelrs_geo.georef import on_earth
 
 SUFFIXES = (".gpkg", ".parquet", ".geojson")
 """What `write` can write."""
@@ -315,10 +316,10 @@ def _write_parquet(
 def _write_geojson(
     drafts: list[Path], features: gpd.GeoDataFrame, coverage: gpd.GeoDataFrame, provenance: dict[str, Any]
 ) -> None:
-    if features.crs is None:
+    if not on_earth(features.crs):
         raise OutputError(
-            f"{drafts[0].name}: GeoJSON holds longitude and latitude only, but these features have no CRS;"
-            " write .gpkg or .parquet instead"
+            f"{drafts[0].name}: GeoJSON holds longitude and latitude only, which do not follow from these features' "
+            "CRS, or lack of one; write .gpkg or .parquet instead"
         )
     members = {"type": "FeatureCollection", "provenance": provenance}
     for draft, frame, kind in zip(drafts, (features, coverage), ("Unknown", "MultiPolygon"), strict=True):

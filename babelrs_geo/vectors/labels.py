@@ -84,8 +84,9 @@ class Labels:
         """The objects in the pixels of the scene `name` (without suffix), in the file's order.
 
         `alone` says that the run has no other scene: labels that name none are then this scene's. Objects that
-        cannot be placed are left out; those beyond the scene are not. Raises LabelError where labels and scene do
-        not go together (one has a CRS, the other none; several scenes without a place and no column `scene`).
+        cannot be placed are left out, and of a vector file those that miss the scene. Raises LabelError where
+        labels and scene do not go together (one has a CRS, the other none, or none that leads to it; several scenes
+        without a place and no column `scene`).
         """
         if self.frame is None:
             found = self.images.get(name)
@@ -113,24 +114,39 @@ class Labels:
         return self._placed(frame, georef)
 
     def _placed(self, frame: gpd.GeoDataFrame, georef: Georef) -> Objects:
-        shapes = frame.geometry.to_numpy()
-        points, owner = shapely.get_coordinates(shapes, return_index=True)
+        points, owner = shapely.get_coordinates(frame.geometry.to_numpy(), return_index=True)
+        if not len(points):
+            return Objects.empty()
         x, y = points[:, 0], points[:, 1]
-        if georef.crs is not None and frame.crs != georef.crs and len(points):
-            x, y = pyproj.Transformer.from_crs(frame.crs, georef.crs, always_xy=True).transform(x, y)
-        px, py = georef.to_pixel(x, y) if len(points) else (x, y)
-        placed = np.stack([px, py], 1)
-        each = np.split(placed, np.flatnonzero(np.diff(owner)) + 1) if len(placed) else []
+        if georef.crs is not None and frame.crs != georef.crs:
+            x, y = self._to_map(frame.crs, georef.crs).transform(x, y)
+        placed = np.stack(georef.to_pixel(x, y), 1)
+        first = np.flatnonzero(np.diff(owner, prepend=-1))
+        low, high = np.minimum.reduceat(placed, first), np.maximum.reduceat(placed, first)
+        kept = np.isfinite(low + high).all(1)
+        if georef.size is not None:
+            corner = np.array(georef.origin)
+            kept &= (high >= -corner).all(1) & (low <= np.array(georef.size) - corner).all(1)
+        rows, last = np.flatnonzero(kept), np.append(first[1:], len(placed))
+        each = [placed[i:j] for i, j in zip(first[rows], last[rows], strict=True)]
         # a ring of four corners comes without its closing point; all others through their hulls
         each = [p[:4] if len(p) == 5 else p for p in each]
-        kept = np.array([bool(np.isfinite(p).all()) for p in each], bool)
-        classes = frame["class"].to_numpy(object)
-        oriented = np.ones(len(frame), bool)
+        oriented = np.ones(len(rows), bool)
         kind: Kind = self.kind
         if kind == "auto" and "box" in frame:
-            oriented, kind = (frame["box"] != "horizontal").to_numpy(bool), "oriented"
-        chosen = [p for p, ok in zip(each, kept, strict=True) if ok]
-        return _objects(chosen, list(classes[kept]), oriented[kept], kind, guess=kind == "auto")
+            oriented, kind = (frame["box"] != "horizontal").to_numpy(bool)[rows], "oriented"
+        return _objects(
+            each, list(frame["class"].to_numpy(object)[rows]), oriented, kind, guess=kind == "auto"
+        )
+
+    def _to_map(self, source: pyproj.CRS, target: pyproj.CRS) -> pyproj.Transformer:
+        try:
+            return pyproj.Transformer.from_crs(source, target, always_xy=True)
+        except pyproj.exceptions.ProjError as error:
+            raise LabelError(
+                f"{self.path}: no transformation leads from {source.name} to the scene's {target.name}: pass labels "
+                "in the scene's CRS"
+            ) from error
 
 
 def read_labels(path: str | os.PathLike[str], class_column: str = "class", kind: Kind = "auto") -> Labels:
@@ -138,7 +154,7 @@ def read_labels(path: str | os.PathLike[str], class_column: str = "class", kind:
     or a folder of such.
 
     `kind` says what the boxes shall be; `auto` takes COCO's as horizontal and DOTA's as oriented, a vector file's as
-    its column `box` says, else as horizontal where all of them lie upright in the scene's pixels.
+    its column `box` says, else as horizontal where all that are on the scene lie upright in its pixels.
 
     Raises LabelError where the file cannot be read, lacks the class column, or holds anything but polygons.
     """
@@ -155,42 +171,52 @@ def _objects(
     points: list[Floats], classes: list[str], oriented: NDArray[np.bool_], kind: Kind, *, guess: bool = False
 ) -> Objects:
     """Smallest rectangles around point sets (K, 2) each; those without extent are left out."""
+    if not points:
+        return Objects.empty()
     boxes = _rectangles(points)
+    every, first = np.concatenate(points), np.cumsum([0, *map(len, points[:-1])])
+    upright = from_xyxy(
+        np.concatenate([np.minimum.reduceat(every, first), np.maximum.reduceat(every, first)], 1)
+    )
     if kind == "horizontal":
         oriented = np.zeros(len(boxes), bool)
-    upright = from_xyxy([[*p.min(0), *p.max(0)] for p in points]) if points else np.zeros((0, 5))
-    if guess and len(boxes):
-        oriented = np.full(len(boxes), max(_off_upright(b) for b in boxes) > _UPRIGHT_PX)
+    if guess:
+        oriented = np.full(len(boxes), _off_upright(boxes).max() > _UPRIGHT_PX)
     boxes = np.where(oriented[:, None], boxes, upright)
     real = (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
     return Objects(boxes, np.array([str(c) for c in classes], object), oriented)[real]
 
 
-def _off_upright(box: Floats) -> float:
-    """How far, in pixels, the corners of a box lie from those of its upright bounds."""
-    (x0, y0, x1, y1), quad = bounds(box[None])[0], corners(box[None])[0]
-    across = np.minimum(np.abs(quad[:, 0] - x0), np.abs(quad[:, 0] - x1))
-    down = np.minimum(np.abs(quad[:, 1] - y0), np.abs(quad[:, 1] - y1))
-    return float(max(across.max(), down.max()))
+def _off_upright(boxes: Floats) -> Floats:
+    """How far, in pixels, the corners of boxes (N, 5) lie from those of their upright bounds."""
+    around, quads = bounds(boxes), corners(boxes)
+    away = np.minimum(np.abs(quads - around[:, None, :2]), np.abs(quads - around[:, None, 2:]))
+    furthest: Floats = away.max((1, 2))
+    return furthest
 
 
 def _rectangles(points: list[Floats]) -> Floats:
     """The smallest rectangle (N, 5) around each set of points (K, 2)."""
     boxes = np.zeros((len(points), 5))
-    hulls = [p if len(p) == 4 else _hull(p) for p in points]
-    for size in {len(h) for h in hulls}:
-        rows = [i for i, h in enumerate(hulls) if len(h) == size]
-        together = np.stack([hulls[i] for i in rows])
+    four = np.array([len(p) == 4 for p in points], bool)
+    if four.any():
+        boxes[four] = from_corners(np.stack([p for p in points if len(p) == 4]))
+    rest = np.flatnonzero(~four)
+    if not len(rest):
+        return boxes
+    set_of = np.repeat(np.arange(len(rest)), [len(points[i]) for i in rest])
+    sets = shapely.multipoints(np.concatenate([points[i] for i in rest]), indices=set_of)
+    hulls, hull_of = shapely.get_coordinates(shapely.convex_hull(sets), return_index=True)
+    count = np.bincount(hull_of)
+    first = np.cumsum(count) - count
+    count = np.where(count > 3, count - 1, count)  # without the closing point
+    sides = np.maximum(count, 3)  # a hull without extent repeats its last corner
+    for size in np.unique(sides).tolist():
+        alike = np.flatnonzero(sides == size)
+        together = hulls[first[alike, None] + np.minimum(np.arange(size), count[alike, None] - 1)]
         lines = tuple((k, (k + 1) % size) for k in range(size))
-        boxes[rows] = from_corners(together) if size == 4 else smallest_rectangles(together, lines)
+        boxes[rest[alike]] = from_corners(together) if size == 4 else smallest_rectangles(together, lines)
     return boxes
-
-
-def _hull(points: Floats) -> Floats:
-    """Corners of the convex hull, at least three (repeated where there are fewer)."""
-    found: Floats = shapely.get_coordinates(shapely.convex_hull(shapely.multipoints(points)))
-    found = found[:-1] if len(found) > 3 else found
-    return np.concatenate([found, np.repeat(found[-1:], max(0, 3 - len(found)), 0)])
 
 
 def _vectors(text: str, class_column: str) -> gpd.GeoDataFrame:
@@ -218,6 +244,8 @@ def _vectors(text: str, class_column: str) -> gpd.GeoDataFrame:
         ) from error
     if not isinstance(frame, gpd.GeoDataFrame):
         raise LabelError(f"{name} holds no geometry; labels are polygons with a class column")
+    if frame.empty:  # GeoJSON has its columns in its rows
+        frame = frame.assign(**{class_column: ""})
     if class_column not in frame:
         others = ", ".join(str(c) for c in frame.columns if c != frame.geometry.name) or "none"
         raise LabelError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyogrio
@@ -18,7 +19,7 @@ import pyogrio
 from babelrs_geo.errors import LabelError
 from babelrs_geo.vectors.files import PROVENANCE_KEY, SUFFIXES
 
-_NEEDED = ("class", "score", "box", "sensor")
+_NEEDED = {"class": str, "score": float, "box": str, "sensor": str}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,8 @@ def read_result(path: str | os.PathLike[str]) -> Result:
         raise LabelError(
             f"{path} cannot be read with its coverage ({cause}); pass a whole result of babelrs-geo detect"
         ) from error
+    if features.empty:  # GeoJSON has its columns in its rows
+        features = features.assign(**{n: pd.Series(dtype=t) for n, t in _NEEDED.items() if n not in features})
     lacking = [name for name in _NEEDED if name not in features]
     lacking += [] if "state" in coverage else ["state (of the coverage)"]
     if lacking:

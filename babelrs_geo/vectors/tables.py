@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from babelrs_geo import boxes, qgis
 from babelrs_geo.detections import Detections
 from babelrs_geo.errors import GeorefError
-from babelrs_geo.georef import Georef
+from babelrs_geo.georef import Georef, on_earth
 
 Floats = NDArray[np.float64]
 
@@ -43,8 +43,7 @@ def features(found: Detections, georef: Georef, origin: Origin) -> gpd.GeoDataFr
     `georef`.
 
     Rows keep the order of `found`. Exteriors run counter-clockwise and start with the box's width. Boxes that
-    the georeference cannot place have null geometry. Warns (UserWarning) where there is no georeference or no
-    CRS.
+    the georeference cannot place have null geometry. Warns (UserWarning) where they have no place on Earth.
     """
     count = len(found)
     quads = boxes.corners(found.boxes)  # (N, 4, 2) px
@@ -70,15 +69,13 @@ def _text(values: ArrayLike | Sequence[str]) -> pd.Series:
 def _on_the_ground(
     quads: Floats, centres: Floats, georef: Georef, oriented: bool, scene: str
 ) -> dict[str, Floats]:
-    """The geodesic columns of boxes: corners (N, 4, 2) and centres (N, 2) in pixels. NaN without CRS."""
+    """The geodesic columns of boxes: corners (N, 4, 2) and centres (N, 2) in pixels. NaN unless on Earth."""
     count = len(quads)
-    if georef.crs is None:
-        what = "georeference: its features are in pixels (x right, y down)"
-        if georef.kind != "none":
-            what = "CRS: its features are in the units of its transform"
+    if not georef.on_earth:
+        units = "pixels (x right, y down)" if georef.kind == "none" else "the units of its transform"
         warnings.warn(
-            f"{scene} has no {what}; metres, heading, longitude and latitude are empty; "
-            "assign one with gdal_edit.py to have them",
+            f"{scene} has {georef.lack}: its features are in {units}; metres, heading, longitude and latitude "
+            "are empty; assign one with gdal_edit.py to have them",
             stacklevel=3,
         )
         names = ("length_m", "width_m", "area_m2", "heading_deg", "lon", "lat")
@@ -150,8 +147,8 @@ def coverage(
 
     Returns:
         A row per state and reason, states in the order of `qgis.STATES`, with columns `state`, `reason`,
-        `tiles` (how many), `area_km2` (geodesic; null without a CRS) and MultiPolygons. The union is made in
-        pixels, where it is exact, and neighbours get the same vertices along their border (tile corners, and
+        `tiles` (how many), `area_km2` (geodesic; null without a place on Earth) and MultiPolygons. The union is
+        made in pixels, where it is exact, and neighbours get the same vertices along their border (tile corners, and
         on curved georeferences a point at least every 64 px), so the rows partition the scene on the map as
         well: no gap, no overlap. Tiles that the georeference cannot place are counted, but not drawn.
     """
@@ -213,13 +210,16 @@ def _surfaces(shape: shapely.Geometry) -> shapely.MultiPolygon:
 
 
 def area_km2(geometry: gpd.GeoSeries) -> Floats:
-    """Geodesic area in square kilometres of a few (multi)polygons in any CRS, (N,); NaN without a CRS."""
-    if geometry.crs is None:
+    """Geodesic area in square kilometres of a few (multi)polygons in any CRS, (N,); NaN without one of the Earth."""
+    if not on_earth(geometry.crs):
         return np.full(len(geometry), np.nan)
-    # Normalised, shells run one way round and holes the other, so that holes count as minus.
-    turned = shapely.normalize(geometry.to_crs("EPSG:4326").to_numpy())
-    areas = [abs(_GEOD.geometry_area_perimeter(shape)[0]) for shape in turned]
-    return np.round(np.array(areas, np.float64) / 1e6, 6)
+    parts, shape_of = shapely.get_parts(geometry.to_crs("EPSG:4326").to_numpy(), return_index=True)
+    rings, part_of = shapely.get_rings(parts, return_index=True)
+    # Each by itself: which way round a ring runs is not to be seen in degrees that come back at -180.
+    areas = np.array([abs(_GEOD.geometry_area_perimeter(shapely.Polygon(ring))[0]) for ring in rings])
+    hole = np.diff(part_of, prepend=-1) == 0
+    metres = np.bincount(shape_of[part_of], np.where(hole, -areas, areas), len(geometry))
+    return np.round(metres / 1e6, 6)
 
 
 def _in_columns(start: NDArray[np.int64], end: NDArray[np.int64]) -> bool:
