@@ -220,8 +220,7 @@ def cells(frame: gpd.GeoDataFrame) -> np.ndarray[Any, Any]:
     found = np.full(len(frame), "none", object)
     known = np.isfinite(lon) & np.isfinite(lat)
     for row in np.flatnonzero(known):
-        x = int(np.floor(lon[row] / DEGREES) * DEGREES)
-        y = int(np.floor(lat[row] / DEGREES) * DEGREES)
+        x, y = (int(v // DEGREES) * DEGREES for v in (lon[row], lat[row]))
         found[row] = f"{'S' if y < 0 else 'N'}{abs(y):02d}{'W' if x < 0 else 'E'}{abs(x):03d}"
     return found
 
