@@ -1,9 +1,10 @@
-"""Turn a run of `babelrs-geo train` into weights that ship: measure on val, choose thresholds, write weights and
+"""Turn what `babelrs-geo train` left into weights that ship: measure on val, choose thresholds, write weights and
 model card.
 
-    python pipelines/release_compact.py ../shared/data/soi_mini runs/compact babelrs_geo/models/weights
+    python pipelines/release_compact.py ../shared/data/soi_mini runs/compact/best.safetensors babelrs_geo/models/weights
 
-Everything the header and the card say of the weights is measured here, or was kept by the run.
+Everything the header and the card say of the weights is measured here, or was kept by the run in their own header; so
+weights that ship already may be measured anew, with another `--nms` say.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from babelrs_geo.evaluation import without_transformer
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.checkpoints import Header
 from babelrs_geo.models.detector import Detector
 from babelrs_geo.training.data import sources
-from babelrs_geo.training.recipe import Recipe, read
-from babelrs_geo.training.run import RECIPE
+from babelrs_geo.training.recipe import Recipe
+from babelrs_geo.training.settings import from_plain
 from babelrs_geo.training.validation import LEAST_SCORE, Verdict, judge
 
 CARD = Path(__file__).with_name("model_card.md")
@@ -143,17 +146,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="folder in SOI-Det's layout, or of chips")
-    parser.add_argument("run", type=Path, help="folder of babelrs-geo train")
+    parser.add_argument(
+        "weights", type=Path, help="best.safetensors or final.safetensors of babelrs-geo train"
+    )
     parser.add_argument("out", type=Path, help="folder for NAME.safetensors and NAME.md")
     parser.add_argument("--name", default="compact")
-    parser.add_argument("--weights", default="best", choices=["best", "final"], help="which of the run's")
+    parser.add_argument(
+        "--nms", type=float, help="IoU above which turned boxes of a class are one; the run's"
+    )
     args = parser.parse_args(arguments)
-    model, header = checkpoints.load(args.run / f"{args.weights}.safetensors")
+    model, header = checkpoints.load(args.weights)
     if "data_sha256" not in header.training:
         sys.exit(
-            f"{args.run} does not say which data and how many minutes it took; train it with this version"
+            f"{args.weights} does not say which data and how many minutes it took; train it with this version"
         )
-    recipe = read(args.run / RECIPE)
+    if args.nms is not None:
+        roi = replace(model.config.roi, nms_iou=args.nms)
+        header = replace(header, architecture=replace(model.config, roi=roi).to_dict())
+        state, model = model.state_dict(), Detector(header.config).eval()
+        model.load_state_dict(state)
+    recipe: Recipe = from_plain(Recipe, yaml.safe_load(header.training["config"]))
     released = replace(measure(model, header, recipe, args.data), name=args.name)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoints.save(args.out / f"{args.name}.safetensors", model, released)

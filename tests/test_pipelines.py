@@ -125,7 +125,7 @@ def test_a_release_measures_and_its_card_says_what_came_before(runs: Path, soi: 
         ["train", str(runs / "parts"), str(second), "--recipe", str(config), "--device", "cpu"]
     )
     release_compact.main(
-        [str(soi), str(second), str(tmp_path / "out"), "--name", "second", "--weights", "final"]
+        [str(soi), str(second / "final.safetensors"), str(tmp_path / "out"), "--name", "second"]
     )
     model, header = checkpoints.load(tmp_path / "out" / "second.safetensors")
     assert header.name == "second"
@@ -134,6 +134,9 @@ def test_a_release_measures_and_its_card_says_what_came_before(runs: Path, soi: 
     assert header.thresholds == trained.thresholds
     with without_transformer(model):
         assert header.metrics["h_map_without_transformer"] <= 1
+    again = [str(tmp_path / "out" / "second.safetensors"), str(tmp_path / "again"), "--nms", "0.3"]
+    release_compact.main([str(soi), *again])  # what ships may be measured anew
+    assert checkpoints.read_header(tmp_path / "again" / "compact.safetensors").config.roi.nms_iou == 0.3
     stored, kept = load_file(tmp_path / "out" / "second.safetensors"), load_file(second / "final.safetensors")
     assert all(torch.equal(value, kept[name]) for name, value in stored.items())
     before = header.training["before"]
