@@ -119,6 +119,18 @@ def test_boxes_stay_on_their_pixels(
                 assert crop[0, int(outer[1]), int(outer[0])] < 0.4
 
 
+@settings(max_examples=30)
+@given(st.integers(0, 10_000))
+def test_horizontal_boxes_stay_as_tight_as_they_are(seed: int) -> None:
+    """SAR is turned by quarters alone, whatever the options are."""
+    image, box = torch.zeros(3, 400, 400), np.array([[200.0, 200.0, 120.0, 12.0, 0.0]])
+    record = Record("sar", Path("x"), box, np.array([0]))
+    options = Augment(size=384, scale=(1, 1), visible=1.0)
+    assert options.turn
+    _, boxes, _ = augment(image, record, options, np.random.default_rng(seed))
+    np.testing.assert_allclose(np.sort(boxes[:, 2:4]), np.tile([[12.0, 120.0]], (len(boxes), 1)), atol=1e-6)
+
+
 def test_a_crop_at_a_border_is_the_crop_with_a_part_blank(tmp_path: Path) -> None:
     Image.fromarray(np.full((200, 260), 200, np.uint8)).save(tmp_path / "frame.png")
     record = Record("rgb", tmp_path / "frame.png", np.zeros((0, 5)), np.zeros(0, np.int64))

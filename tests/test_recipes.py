@@ -105,6 +105,10 @@ def test_changes_reach_what_they_name(tiny: Path) -> None:
             "phases.0.views.sar.crop.size=32",
             "phases.0.views have sizes 32, 64; the images of a batch have one",
         ),
+        (
+            "phases.1.views.sar={affine: {size: 64}}",
+            "phases.1.views.sar.affine turns horizontal boxes, which become loose; give oriented: false",
+        ),
         ("data.sensors=[sar,lidar]", "data.sensors has lidar; expected some of sar, rgb, ir"),
         (
             "phases.0.quota.sar=0",

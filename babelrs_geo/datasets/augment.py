@@ -24,8 +24,8 @@ class Augment:
     size: int = 384
     scale: tuple[float, float] = (0.7, 1.4)
     turn: bool = True
-    """Any rotation in half of the crops; quarter turns and flips always. Horizontal boxes allow quarter turns
-    only.
+    """Any rotation in half of the crops; quarter turns and flips always. Not of SAR, whose horizontal boxes would
+    become loose bounds.
     """
     gamma: float = 0.25
     contrast: float = 0.2
@@ -117,7 +117,7 @@ def _view(image: Tensor, record: Record, options: Augment, rng: np.random.Genera
     size = options.size
     scale = math.exp(rng.uniform(math.log(options.scale[0]), math.log(options.scale[1])))
     angle = math.radians(90 * int(rng.integers(4)))
-    if options.turn and rng.random() < 0.5:
+    if options.turn and record.sensor != "sar" and rng.random() < 0.5:
         angle += rng.uniform(-math.pi / 4, math.pi / 4)
     flip = -1.0 if rng.random() < 0.5 else 1.0
     if len(record.boxes) and rng.random() < 0.75:

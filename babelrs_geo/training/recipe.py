@@ -166,6 +166,10 @@ class Recipe:
                     raise ParameterError(
                         f"{where}.views.{sensor} has {given} kinds; give one of crop, affine, published"
                     )
+                if sensor == "sar" and view is not None and view.affine is not None and view.affine.oriented:
+                    raise ParameterError(
+                        f"{where}.views.sar.affine turns horizontal boxes, which become loose; give oriented: false"
+                    )
             sizes = sorted({phase.views[sensor].chosen.size for sensor in self.data.sensors})
             if len(sizes) > 1:
                 raise ParameterError(
