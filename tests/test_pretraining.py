@@ -24,7 +24,7 @@ from tiny_recipe import tiny_recipe, write_recipe
 
 from babelrs_geo.cli import main
 from babelrs_geo.cli.pretrain import RECIPES
-from babelrs_geo.datasets.instruct import Corpus
+from babelrs_geo.datasets.instruct import Corpus, InstructOptions, write_corpus
 from babelrs_geo.datasets.samplers import Numbered
 from babelrs_geo.errors import LabelError, ParameterError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
@@ -107,6 +107,11 @@ def test_stopped_and_gone_on_a_run_has_the_same_losses_and_the_same_alpha(
     assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]
     for one, other in zip(rows(tmp_path), rows(whole), strict=True):
         assert not [name for name in one.keys() - CLOCKS if one[name] != other[name]]
+    other = write_corpus([root / "soi"], tmp_path / "other.jsonl", InstructOptions(per_image=6)).meta
+    with pytest.raises(
+        ParameterError, match=r"began with \d+ conversations \(\w+\) as corpora, and --data has "
+    ):
+        fit(recipe(root), [other], Place(folder=tmp_path, device="cpu", resume=True))
     with pytest.raises(ParameterError, match=r"differs from the recipe in model\.tau"):
         run(tmp_path, root, recipe(root, model={**tiny_pretraining(root)["model"], "tau": 5}), resume=True)
 

@@ -340,6 +340,19 @@ def test_a_process_takes_the_turns_of_those_that_it_stands_in_for(soi: Path, tmp
         begin(Course(**course(how, 3)), Place(folder=tmp_path, device="cpu", devices=3))
 
 
+def test_a_run_goes_on_with_the_data_it_began_with_alone(whole: Path, soi: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    moved = shutil.copytree(soi, tmp_path / "soi")
+    assert run(folder, moved, resume=True).step == STEPS
+    label = moved / "DOTA_800pix" / "train" / "annfiles" / "0.txt"
+    for text in ("", "30 20 60 20 60 33 30 33 plane 0\n"):
+        label.write_text(text)
+        with pytest.raises(
+            ParameterError, match=r"began with 4 images \(\w+\) as rgb to learn, and --data has 4 "
+        ):
+            run(folder, moved, resume=True)
+
+
 def course(how: Recipe, world: int) -> dict[str, Any]:
     return {
         "name": how.name,
@@ -353,7 +366,7 @@ def course(how: Recipe, world: int) -> dict[str, Any]:
 
 
 def test_a_run_in_turns_that_is_stopped_goes_on_as_if_nothing_had_happened(soi: Path, tmp_path: Path) -> None:
-    """Also from a checkpoint of before, in which Lightning itself had counted the steps."""
+    """Also from a checkpoint of before, in which Lightning itself had counted the steps, and no data were told."""
     how = recipe(3, processes=2, run=run_part(workers=1))
     run(tmp_path / "whole", soi, how)
     stopped = run(tmp_path / "two", soi, how, progress=lambda *_: signal.raise_signal(signal.SIGINT))
@@ -362,6 +375,7 @@ def test_a_run_in_turns_that_is_stopped_goes_on_as_if_nothing_had_happened(soi: 
     state = torch.load(last, weights_only=True)
     for counts in state["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"].values():
         counts.update(dict.fromkeys(counts, 0))
+    del state["TrainingData"]
     torch.save(state, last)
     assert run(tmp_path / "two", soi, how, resume=True).step == 3
     assert_same(tmp_path / "whole", tmp_path / "two")
@@ -509,6 +523,11 @@ def test_chips_and_scenes_are_learnt_from_too(tmp_path: Path) -> None:
     assert len(names) == learnt + 1  # four windows of one scene
     fit(how, [tmp_path / "chips", tmp_path / "scenes.yaml"], Place(folder=tmp_path / "run", device="cpu"))
     header = checkpoints.read_header(tmp_path / "run" / "best.safetensors")
+    assert data.contents["rgb to learn"].startswith(f"{learnt + 4} images (")
+    with next((tmp_path / "chips").rglob("*.tif")).open("ab") as file:
+        file.write(b" ")
+    other = TrainingData(how, data.config, [tmp_path / "chips", tmp_path / "scenes.yaml"])
+    assert other.contents != data.contents
     metre = abs(NORTH_UP.a)
     assert header.gsd["rgb"] == pytest.approx((metre / 1.25, metre * 1.25), rel=0.02)
     assert header.metrics["rgb"]["images"] == judged

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
 from torch import Generator, Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from torchgeo.samplers import GridGeoSampler
@@ -43,6 +43,7 @@ from babelrs_geo.datasets.transforms import Augmentation
 from babelrs_geo.errors import LabelError
 from babelrs_geo.models.detector import DetectorConfig, HorizontalTarget, OrientedTarget
 from babelrs_geo.training.loading import Batches, begin_work
+from babelrs_geo.training.origin import RunData, outline
 from babelrs_geo.training.recipe import DataPart, Phase, Recipe
 
 Target = HorizontalTarget | OrientedTarget
@@ -281,7 +282,7 @@ class Join:
         return [join(samples[at : at + self.count]) for at in range(0, len(samples), self.count)]
 
 
-class TrainingData(LightningDataModule):
+class TrainingData(RunData):
     """Sources to learn from and to judge on, and their batches by quota.
 
     Raises LabelError where a sensor of the recipe has nothing to learn from.
@@ -306,6 +307,12 @@ class TrainingData(LightningDataModule):
                 f"chips with a split for it, or name another: --set data.val.{lacking[0]}=..."
             )
         self.batches: Batches | None = None
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Those to learn from and to judge on."""
+        parts = {"learn": self.learn, "judge": self.judge}
+        return {f"{s} to {part}": outline(own.samples) for part, by in parts.items() for s, own in by.items()}
 
     def mixture(self, phase: Phase) -> Mixture:
         """The sources as a phase looks at them."""

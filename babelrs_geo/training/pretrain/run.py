@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from babelrs_geo.training.keeping import LAST, Keeper
 from babelrs_geo.training.measured import Measured
 from babelrs_geo.training.origin import Origin, weights_before
 from babelrs_geo.training.pretrain.answers import Answered, Asker, figures, judge, questions
-from babelrs_geo.training.pretrain.corpora import CorpusData, corpora, fingerprint, joined
+from babelrs_geo.training.pretrain.corpora import CorpusData, corpora, joined
 from babelrs_geo.training.pretrain.module import PivotTraining
 from babelrs_geo.training.pretrain.recipe import EncoderPart, LanguagePart, PivotPart, PretrainRecipe
 from babelrs_geo.training.schedules import freeze_prior
@@ -153,7 +152,6 @@ class PivotKeeper(Keeper):
         self.recipe, self.data, self.asker = recipe, data, asker
         self.asked = questions(joined(corpora(held_out)), recipe.ask) if held_out else []
         self.figures = {}
-        self._learnt = cache(lambda: fingerprint(data.corpora))
         self._before = weights_before(recipe.model.start)
 
     def judge(self, trainer: Trainer, module: Measured, step: int) -> None:
@@ -186,7 +184,7 @@ class PivotKeeper(Keeper):
             "config": write(recipe),
             "steps": step,
             "answers": dict(self.figures),
-            **Origin(self._learnt(), self.spent, self._before).to_dict(),
+            **Origin(self.data.fingerprint, self.spent, self._before).to_dict(),
         }
         return PivotOrigin(recipe.name, recipe.header.licence, training)
 
