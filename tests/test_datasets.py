@@ -15,7 +15,7 @@ from PIL import Image
 
 from babelrs_geo.boxes import bounds, corners
 from babelrs_geo.datasets.augment import Augment, augment, load_image
-from babelrs_geo.datasets.soi import Record, fingerprint, read_split
+from babelrs_geo.datasets.soi import Record, class_names, fingerprint, read_split
 from babelrs_geo.errors import LabelError
 
 RGB = ("plane", "ship")
@@ -80,6 +80,31 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
     (tmp_path / "DOTA_800pix" / "train" / "images" / "1.png").unlink()
     with pytest.raises(LabelError, match="has no image"):
         read_split(tmp_path, "rgb", "train", RGB)
+
+
+def test_broken_labels_are_told_with_their_file(tmp_path: Path) -> None:
+    write_soi(tmp_path)
+    sar = tmp_path / "SARDet_50K" / "Annotations" / "after_merge_train.json"
+    whole = sar.read_text()
+    for text in (
+        whole[:60],
+        "[]",
+        "{}",
+        whole.replace('"bbox"', '"box"'),
+        whole.replace("[30, 20, 30, 12]", "3"),
+    ):
+        sar.write_text(text)
+        with pytest.raises(LabelError, match=r"after_merge_train\.json cannot be read as COCO's annotations"):
+            read_split(tmp_path, "sar", "train", ("ship",))
+    with pytest.raises(LabelError, match="cannot be read as COCO's"):
+        sar.write_text("[]")
+        class_names(tmp_path, "sar", "train")
+    path = tmp_path / "DOTA_800pix" / "train" / "annfiles" / "0.txt"
+    for text in ("1 2 3 4 5 6 7 8", "1 2 3 4 5 6 7 plane 0", "plane"):
+        path.write_text(text)
+        for read in (class_names, lambda *place: read_split(*place, RGB)):
+            with pytest.raises(LabelError, match=rf"0\.txt has the row '{text}'; expected x and y of four"):
+                read(tmp_path, "rgb", "train")
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
