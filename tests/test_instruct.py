@@ -131,7 +131,7 @@ def objects_of(image: LabelledImage) -> Objects:
 # ----------------------------------------------------------------------------------------------------
 # Any image
 
-KNOWN = ["bus", "car", "person", "ship", "storage tank", "tank"]
+KNOWN = ["bus", "car", "person", "ship", "stadium", "storage tank"]
 
 
 @st.composite
