@@ -31,6 +31,7 @@ from babelrs_geo.models import checkpoints
 from babelrs_geo.models.detector import COMPACT
 from babelrs_geo.models.official import INTERNVIT
 from babelrs_geo.models.pivot import PivotModel
+from babelrs_geo.models.plain import from_plain
 from babelrs_geo.training.loading import Batches
 from babelrs_geo.training.measured import Tally
 from babelrs_geo.training.pretrain.answers import Asker, figures, questions, same
@@ -40,7 +41,7 @@ from babelrs_geo.training.pretrain.run import ANSWERS, ENCODER, PIVOT, Pretraine
 from babelrs_geo.training.recipe import Recipe
 from babelrs_geo.training.run import build as build_detector
 from babelrs_geo.training.schedules import cosine
-from babelrs_geo.training.settings import from_plain, write
+from babelrs_geo.training.settings import write
 from babelrs_geo.training.trainer import Place
 
 # Python 3.12 warns where a loader's workers are forked from a process with threads
@@ -244,14 +245,14 @@ def test_rates_rise_and_fall_as_the_originals() -> None:
     ("changes", "told"),
     [
         ({"steps": 0}, "steps is 0; expected 1 or more"),
-        ({"warmup": 1}, "warmup is 1.0; expected a share"),
-        ({"rates": {"lm": 1}}, "rates has lm; expected some of stem, encoder, projector, tokens, language"),
-        ({"model": {"freeze": ["vit"]}}, "model.freeze has vit; expected some of encoder, projector"),
+        ({"warmup": 1}, "warmup is 1; expected 0 or more and below 1"),
+        ({"rates": {"lm": 1}}, "a key of rates is 'lm'; expected one of stem, encoder, projector"),
+        ({"model": {"freeze": ["vit"]}}, "model.freeze.0 is 'vit'; expected one of encoder, projector"),
         (
             {"strategy": "fsdp", "model": {"language": {"lora": {}}}},
             "lora and strategy fsdp do not go together",
         ),
-        ({"stepps": 1}, "there is no stepps in a recipe; did you mean steps?"),
+        ({"stepps": 1}, "there is no stepps; did you mean steps?"),
         ({"model": {"taps": "first"}}, "model.taps is 'first'; expected one of paper, original, last"),
     ],
 )

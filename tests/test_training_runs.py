@@ -36,12 +36,12 @@ from babelrs_geo.datasets.published import Published
 from babelrs_geo.datasets.seeding import generator
 from babelrs_geo.errors import LabelError, ParameterError, SceneError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
+from babelrs_geo.models.plain import from_plain, to_plain
 from babelrs_geo.training import step_schedule, validation
 from babelrs_geo.training.data import Look, TrainingData
 from babelrs_geo.training.loading import Batches
 from babelrs_geo.training.recipe import Recipe, read
 from babelrs_geo.training.run import Place, Trained, build, configuration, fit
-from babelrs_geo.training.settings import from_plain, to_plain
 from babelrs_geo.training.trainer import Course, begin
 from babelrs_geo.vectors.labels import read_labels
 
@@ -289,7 +289,7 @@ from babelrs_geo.training.module import DetectorTraining
 from babelrs_geo.training import step_schedule
 from babelrs_geo.training.recipe import Recipe, read
 from babelrs_geo.training.run import Place, fit
-from babelrs_geo.training.settings import from_plain, to_plain
+from babelrs_geo.models.plain import from_plain, to_plain
 
 folder, draws = Path(sys.argv[3]), []
 read = Mixture.__getitem__
@@ -484,6 +484,43 @@ def test_a_file_that_cannot_be_read_is_told_by_name_from_a_worker_too(soi: Path,
         path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(SceneError, match=r"^\S+\.png cannot be read as an image .*copy it again$"):
         run(tmp_path / "run", tmp_path / "soi", recipe(run=run_part(workers=1)))
+
+
+@pytest.mark.parametrize("damage", ["cut", "no archive", "empty", "of others"])
+def test_a_checkpoint_that_is_none_is_told(whole: Path, soi: Path, tmp_path: Path, damage: str) -> None:
+    last = tmp_path / "last.ckpt"
+    if damage == "of others":
+        torch.save({"state_dict": {}, "global_step": 3}, last)
+    else:
+        content = (whole / "last.ckpt").read_bytes()
+        last.write_bytes({"cut": content[:5000], "no archive": b"not at all", "empty": b""}[damage])
+    with pytest.raises(
+        WeightsError, match=r"last\.ckpt (cannot be read|is no checkpoint of a run)"
+    ) as caught:
+        run(tmp_path, soi, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_scenes_that_a_file_names_badly_are_told(soi: Path, tmp_path: Path) -> None:
+    how, path = recipe(data={"sensors": ["rgb"]}), tmp_path / "scenes.yaml"
+    good = {
+        "sensor": "rgb",
+        "scenes": ["a.tif"],
+        "labels": "l.gpkg",
+        "split": "train",
+        "size": 64,
+        "stride": 64,
+    }
+    for text, told in (
+        ("scenes: [a.tif", "does not name scenes"),
+        (yaml.safe_dump(good | {"size": "big"}), "size is 'big'; expected a whole number"),
+        (yaml.safe_dump(good | {"stride": 0}), "stride is 0; expected 1 or more"),
+        (yaml.safe_dump(good | {"sensor": "thermal"}), "sensor is 'thermal'; expected one of sar, rgb, ir"),
+        ("sensor: rgb", "scenes is missing"),
+    ):
+        path.write_text(text)
+        with pytest.raises(LabelError, match=told):
+            TrainingData(how, configuration(how.model), [path])
 
 
 def test_half_precision_on_a_cpu_is_refused(soi: Path, tmp_path: Path) -> None:

@@ -40,11 +40,12 @@ from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.datasets.seeding import generator
 from babelrs_geo.datasets.soi import FOLDERS, Record, read_split
 from babelrs_geo.datasets.transforms import Augmentation
-from babelrs_geo.errors import LabelError
+from babelrs_geo.errors import LabelError, ParameterError
 from babelrs_geo.models.detector import DetectorConfig, HorizontalTarget, OrientedTarget
+from babelrs_geo.models.plain import Count, from_plain
 from babelrs_geo.training.loading import Batches, begin_work
 from babelrs_geo.training.origin import RunData, outline
-from babelrs_geo.training.recipe import DataPart, Phase, Recipe
+from babelrs_geo.training.recipe import DataPart, Phase, Recipe, SensorName
 
 Target = HorizontalTarget | OrientedTarget
 Learnt = dict[str, Any]
@@ -125,25 +126,36 @@ def _source(path: Path, sensor: str, split: str, classes: Sequence[str]) -> Sour
     )
 
 
+@dataclass(frozen=True)
+class _Named:
+    """What a YAML file that names scenes says."""
+
+    sensor: SensorName
+    scenes: tuple[str, ...]
+    labels: str
+    split: str
+    size: Count
+    stride: Count
+
+
 def _scenes(path: Path, sensor: str, split: str, classes: Sequence[str]) -> Source | None:
     """Windows of scenes that a YAML file names."""
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = {"sensor", "scenes", "labels", "split", "size", "stride"}
-    if not isinstance(document, dict) or set(document) != wanted:
-        raise LabelError(f"{path} does not name scenes; expected the keys {', '.join(sorted(wanted))}")
-    if document["sensor"] != sensor or document["split"] != split:
+    try:
+        named = from_plain(_Named, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ParameterError) as error:
+        raise LabelError(f"{path} does not name scenes ({' '.join(str(error).split())})") from error
+    if named.sensor != sensor or named.split != split:
         return None
-    size, stride = int(document["size"]), int(document["stride"])
     scenes = SceneDataset(
-        [path.parent / name for name in document["scenes"]],
+        [path.parent / name for name in named.scenes],
         sensor,
-        str(path.parent / document["labels"]),
+        str(path.parent / named.labels),
         classes,
-        GroundOptions(least=size),
+        GroundOptions(least=named.size),
     )
-    windows = Queries(scenes, GridGeoSampler(scenes, size, stride))
+    windows = Queries(scenes, GridGeoSampler(scenes, named.size, named.stride))
     if not len(windows):
-        raise LabelError(f"{path}: no window of {size} px lies in its scenes; give a smaller size")
+        raise LabelError(f"{path}: no window of {named.size} px lies in its scenes; give a smaller size")
     metres = [s.gsd for s in scenes.scenes]
     known = [m for m in metres if m is not None]
     gsd = (min(known), max(known)) if len(known) == len(metres) else None

@@ -71,7 +71,7 @@ def outline(samples: Numbered) -> str:
             digest.update(record.boxes.tobytes() + record.labels.tobytes() + _bytes(record.path))
         elif isinstance(part, ChipDataset):
             row = part.table.iloc[i]
-            digest.update(f"{row['chip']} {row['objects']} ".encode() + _bytes(Path(part.paths[i])))
+            digest.update(f"{row['chip']} {row['objects']} ".encode() + _bytes(part.folder / row["path"]))
     return f"{len(samples)} images ({digest.hexdigest()[:12]})"
 
 
