@@ -5,8 +5,9 @@ the singular, in lower case; `plural`, `indefinite` and `counted` say it in a se
 its own name, tidied: "Container_Crane" is "container crane".
 
 The table holds SOI-Det's 26 classes, those of the data they come from (SARDet-100K, DOTA, DroneVehicle), and of NWPU
-VHR-10, DIOR and HIT-UAV. Two entries are judgements, after looking at the images: "vehicle" (NWPU VHR-10, DIOR) is
-nearly always a car, and "other vehicle" (HIT-UAV) a truck. Who labels otherwise renames the class first.
+VHR-10, DIOR and HIT-UAV. Three entries are judgements, after looking at the images: "vehicle" (NWPU VHR-10, DIOR) is
+nearly always a car, "other vehicle" (HIT-UAV) a truck, and "tank" (SARDet-100K, of MSAR's oil tanks) a storage tank.
+Who labels otherwise renames the class first.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "ship": ("vessel",),
     "soccer field": ("soccer ball field", "football field"),
     "stadium": (),
-    "storage tank": ("oil tank",),
+    "storage tank": ("oil tank", "tank"),
     "swimming pool": (),
-    "tank": (),
     "tennis court": (),
     "train station": (),
     "truck": ("truvk", "other vehicle"),

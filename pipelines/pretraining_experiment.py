@@ -36,12 +36,12 @@ from babelrs_geo.datasets.instruct import Corpus, InstructOptions, write_corpus
 from babelrs_geo.errors import BabelError, ParameterError
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.detector import Detector, DetectorConfig
+from babelrs_geo.models.plain import from_plain
 from babelrs_geo.training.pretrain.recipe import read as read_pretraining
 from babelrs_geo.training.pretrain.run import ENCODER
 from babelrs_geo.training.pretrain.run import fit as pretrain
 from babelrs_geo.training.recipe import Recipe
 from babelrs_geo.training.run import FINAL, Place, fit
-from babelrs_geo.training.settings import from_plain
 
 PROTOCOL = Path(__file__).with_suffix(".yaml")
 RECORDS = Path(__file__).parents[1] / "docs" / "pretraining_experiment"

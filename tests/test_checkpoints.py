@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,10 +107,41 @@ def test_damage_is_named(file: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "odd.safetensors", metadata={checkpoints.KEY: header().to_json()})
     with pytest.raises(WeightsError, match=r"1 missing \(backbone.level_embed\); 1 unexpected \(other\)"):
         zoo.load(tmp_path / "odd.safetensors")
+    start = checkpoints.Start("encoder", "e", {}, "none", format=99)
+    save_file(state, tmp_path / "start.safetensors", metadata={checkpoints.KEY: start.to_json()})
+    with pytest.raises(WeightsError, match="header format 99"):
+        checkpoints.read(tmp_path / "start.safetensors")
     newer = replace(header(), format=99)
     save_file(state, tmp_path / "newer.safetensors", metadata={checkpoints.KEY: newer.to_json()})
     with pytest.raises(WeightsError, match="header format 99"):
         zoo.load(tmp_path / "newer.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"classes": []}, r"header cannot be read \(classes is \[\]; expected a mapping\)"),
+        ({"gsd": {"sar": [1]}}, r"gsd\.sar is \[1\]; expected a list of 2"),
+        ({"licence": None}, "licence is None; expected a text"),
+        ({"kind": "detector"}, "kind is 'detector'; expected one of encoder"),
+        (
+            {"architecture": {"rpn": {"soft_nms": True}}},
+            r'weights "tiny" cannot be read \(there is no rpn\.soft_nms;',
+        ),
+        ({"architecture": {"neck_channels": "many"}}, "neck_channels is 'many'; expected a whole number"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_told(
+    file: Path, tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    odd = tmp_path / "odd.safetensors"
+    values = json.loads(header().to_json()) | change
+    if "kind" in change:
+        values = {"kind": "detector", "name": "e", "architecture": {}, "licence": "none", "format": 1}
+    save_file(load_file(file), odd, metadata={checkpoints.KEY: json.dumps(values)})
+    with pytest.raises(WeightsError, match=told) as caught:
+        checkpoints.describe(odd)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:

@@ -22,7 +22,14 @@ words = st.text(st.characters(whitelist_categories=["Ll", "Lu", "Nd"], max_codep
 def test_sensors_share_names():
     named = {sensor: {concept(name) for name in names.split()} for sensor, names in SOI_DET.items()}
     assert {len(named[s]) for s in ("sar", "ir")} == {6, 5} and len(named["rgb"]) == 15
-    assert named["sar"] & named["rgb"] == {"ship", "plane", "car", "bridge", "harbor"}
+    assert named["sar"] & named["rgb"] == {
+        "ship",
+        "plane",
+        "car",
+        "bridge",
+        "harbor",
+        "storage tank",
+    }
     assert named["sar"] & named["ir"] == named["rgb"] & named["ir"] == {"car"}
     assert set().union(*named.values()) <= set(ALIASES)
 
@@ -36,6 +43,7 @@ def test_sensors_share_names():
         ("Airplanes", "plane"),
         ("storagetank", "storage tank"),
         ("storage tanks", "storage tank"),
+        ("tank", "storage tank"),
         ("golffield", "golf course"),
         ("other-vehicle", "truck"),
         ("OtherVehicle", "truck"),

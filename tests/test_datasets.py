@@ -15,7 +15,7 @@ from PIL import Image
 
 from babelrs_geo.boxes import bounds, corners
 from babelrs_geo.datasets.augment import Augment, augment, load_image
-from babelrs_geo.datasets.soi import Record, fingerprint, read_split
+from babelrs_geo.datasets.soi import Record, class_names, fingerprint, read_split
 from babelrs_geo.errors import LabelError
 
 RGB = ("plane", "ship")
@@ -82,6 +82,31 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
         read_split(tmp_path, "rgb", "train", RGB)
 
 
+def test_broken_labels_are_told_with_their_file(tmp_path: Path) -> None:
+    write_soi(tmp_path)
+    sar = tmp_path / "SARDet_50K" / "Annotations" / "after_merge_train.json"
+    whole = sar.read_text()
+    for text in (
+        whole[:60],
+        "[]",
+        "{}",
+        whole.replace('"bbox"', '"box"'),
+        whole.replace("[30, 20, 30, 12]", "3"),
+    ):
+        sar.write_text(text)
+        with pytest.raises(LabelError, match=r"after_merge_train\.json cannot be read as COCO's annotations"):
+            read_split(tmp_path, "sar", "train", ("ship",))
+    with pytest.raises(LabelError, match="cannot be read as COCO's"):
+        sar.write_text("[]")
+        class_names(tmp_path, "sar", "train")
+    path = tmp_path / "DOTA_800pix" / "train" / "annfiles" / "0.txt"
+    for text in ("1 2 3 4 5 6 7 8", "1 2 3 4 5 6 7 plane 0", "plane"):
+        path.write_text(text)
+        for read in (class_names, lambda *place: read_split(*place, RGB)):
+            with pytest.raises(LabelError, match=rf"0\.txt has the row '{text}'; expected x and y of four"):
+                read(tmp_path, "rgb", "train")
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 10_000),
@@ -117,6 +142,18 @@ def test_boxes_stay_on_their_pixels(
                 assert crop[0, int(inner[1]), int(inner[0])] > 0.7
             if (outer > 1).all() and (outer < 127).all():
                 assert crop[0, int(outer[1]), int(outer[0])] < 0.4
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000))
+def test_horizontal_boxes_stay_as_tight_as_they_are(seed: int) -> None:
+    """SAR is turned by quarters alone, whatever the options are."""
+    image, box = torch.zeros(3, 400, 400), np.array([[200.0, 200.0, 120.0, 12.0, 0.0]])
+    record = Record("sar", Path("x"), box, np.array([0]))
+    options = Augment(size=384, scale=(1, 1), visible=1.0)
+    assert options.turn
+    _, boxes, _ = augment(image, record, options, np.random.default_rng(seed))
+    np.testing.assert_allclose(np.sort(boxes[:, 2:4]), np.tile([[12.0, 120.0]], (len(boxes), 1)), atol=1e-6)
 
 
 def test_a_crop_at_a_border_is_the_crop_with_a_part_blank(tmp_path: Path) -> None:

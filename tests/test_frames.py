@@ -93,6 +93,7 @@ def test_dronevehicle_as_published_loses_its_border(tmp_path, sensor):
     records = read_dronevehicle(tmp_path, "train", sensor)
     lies_on_its_pixels(FrameDataset(records, CLASSES)[0], CLASSES.index("FERIGHT_CAR"), 5)
     assert records[0].sensor == sensor and len(fingerprint(records)) == 64
+    assert records[0].dropped == 2  # what lies in the white does not show
 
 
 @pytest.mark.parametrize(

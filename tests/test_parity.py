@@ -30,6 +30,7 @@ from babelrs_geo.models.oriented_rcnn import OrientedRoI, OrientedRPN, RoIConfig
 from babelrs_geo.models.rotated import MidpointOffset, RotatedDelta, from_quads, outer, roi_align, vertices
 from babelrs_geo.models.vit import ViTConfig
 from babelrs_geo.training import StepSchedule, layer_decay_groups, step_schedule
+from babelrs_geo.training.recipe import read
 
 pytestmark = [pytest.mark.shared, needs_golden]
 
@@ -423,7 +424,7 @@ def test_learning_rates_and_weight_decay_are_the_official_ones() -> None:
 
 def test_the_schedule_is_the_official_one() -> None:
     wanted = document("lr_schedules")["finetune"]
-    assert StepSchedule().steps == wanted["max_iters"]
+    assert read("soi-det").steps == wanted["max_iters"]
     assert list(StepSchedule().milestones) == wanted["steps"]
     for step, rates in wanted["lr_groups_at_iter(scale1,scale0.95^25)"].items():
         for rate, scale in zip(rates, (1, 0.95**25), strict=True):

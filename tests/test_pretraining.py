@@ -24,13 +24,14 @@ from tiny_recipe import tiny_recipe, write_recipe
 
 from babelrs_geo.cli import main
 from babelrs_geo.cli.pretrain import RECIPES
-from babelrs_geo.datasets.instruct import Corpus
+from babelrs_geo.datasets.instruct import Corpus, InstructOptions, write_corpus
 from babelrs_geo.datasets.samplers import Numbered
 from babelrs_geo.errors import LabelError, ParameterError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.detector import COMPACT
 from babelrs_geo.models.official import INTERNVIT
 from babelrs_geo.models.pivot import PivotModel
+from babelrs_geo.models.plain import from_plain
 from babelrs_geo.training.loading import Batches
 from babelrs_geo.training.measured import Tally
 from babelrs_geo.training.pretrain.answers import Asker, figures, questions, same
@@ -40,7 +41,7 @@ from babelrs_geo.training.pretrain.run import ANSWERS, ENCODER, PIVOT, Pretraine
 from babelrs_geo.training.recipe import Recipe
 from babelrs_geo.training.run import build as build_detector
 from babelrs_geo.training.schedules import cosine
-from babelrs_geo.training.settings import from_plain, write
+from babelrs_geo.training.settings import write
 from babelrs_geo.training.trainer import Place
 
 # Python 3.12 warns where a loader's workers are forked from a process with threads
@@ -107,6 +108,11 @@ def test_stopped_and_gone_on_a_run_has_the_same_losses_and_the_same_alpha(
     assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]
     for one, other in zip(rows(tmp_path), rows(whole), strict=True):
         assert not [name for name in one.keys() - CLOCKS if one[name] != other[name]]
+    other = write_corpus([root / "soi"], tmp_path / "other.jsonl", InstructOptions(per_image=6)).meta
+    with pytest.raises(
+        ParameterError, match=r"began with \d+ conversations \(\w+\) as corpora, and --data has "
+    ):
+        fit(recipe(root), [other], Place(folder=tmp_path, device="cpu", resume=True))
     with pytest.raises(ParameterError, match=r"differs from the recipe in model\.tau"):
         run(tmp_path, root, recipe(root, model={**tiny_pretraining(root)["model"], "tau": 5}), resume=True)
 
@@ -239,14 +245,14 @@ def test_rates_rise_and_fall_as_the_originals() -> None:
     ("changes", "told"),
     [
         ({"steps": 0}, "steps is 0; expected 1 or more"),
-        ({"warmup": 1}, "warmup is 1.0; expected a share"),
-        ({"rates": {"lm": 1}}, "rates has lm; expected some of stem, encoder, projector, tokens, language"),
-        ({"model": {"freeze": ["vit"]}}, "model.freeze has vit; expected some of encoder, projector"),
+        ({"warmup": 1}, "warmup is 1; expected 0 or more and below 1"),
+        ({"rates": {"lm": 1}}, "a key of rates is 'lm'; expected one of stem, encoder, projector"),
+        ({"model": {"freeze": ["vit"]}}, "model.freeze.0 is 'vit'; expected one of encoder, projector"),
         (
             {"strategy": "fsdp", "model": {"language": {"lora": {}}}},
             "lora and strategy fsdp do not go together",
         ),
-        ({"stepps": 1}, "there is no stepps in a recipe; did you mean steps?"),
+        ({"stepps": 1}, "there is no stepps; did you mean steps?"),
         ({"model": {"taps": "first"}}, "model.taps is 'first'; expected one of paper, original, last"),
     ],
 )

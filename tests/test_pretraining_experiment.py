@@ -11,11 +11,11 @@ import yaml
 from tiny_pretraining import write_data, write_pretraining
 from tiny_recipe import tiny_recipe
 
+from babelrs_geo.models.plain import from_plain
 from babelrs_geo.training.pretrain.recipe import read
 from babelrs_geo.training.pretrain.run import encoder_of
 from babelrs_geo.training.recipe import Recipe
 from babelrs_geo.training.run import configuration
-from babelrs_geo.training.settings import from_plain
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 

@@ -152,7 +152,7 @@ def test_the_layers_nearer_to_the_heads_learn_faster() -> None:
 
 
 def test_the_step_schedule_warms_up_and_drops() -> None:
-    plan = StepSchedule(steps=40, warmup=10, start=0.5, milestones=(20, 30), drop=0.1)
+    plan = StepSchedule(warmup=10, start=0.5, milestones=(20, 30), drop=0.1)
     factors = [step_schedule(k, plan) for k in range(40)]
     assert factors[:3] == pytest.approx([0.5, 0.55, 0.6])
     assert factors[10:20] == [1.0] * 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from babelrs_geo.datasets.soi import Record, read_split
 from babelrs_geo.evaluation import evaluate, without_transformer
 from babelrs_geo.models.detector import Detector
 from babelrs_geo.training import parameter_groups, schedule
+from babelrs_geo.training.module import DetectorTraining
 from babelrs_geo.training.recipe import Phase, read
 from babelrs_geo.training.run import Place, fit
 
@@ -51,6 +53,19 @@ def test_the_schedule_warms_up_stays_and_falls() -> None:
     assert factors[10:80] == [1.0] * 70
     assert np.all(np.diff(factors[80:]) < 0)
     assert factors[-1] == pytest.approx(0.05)
+    bare = replace(PHASE, warmup=0, cooldown=0)
+    assert [schedule(k, bare) for k in range(100)] == [1.0] * 100
+
+
+def test_each_phase_has_its_weight_decay(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "tiny.yaml", steps=6)
+    recipe = read(path, ["phases.0.weight_decay=0", "phases.1.weight_decay=.5"])
+    module = DetectorTraining(start(), recipe)
+    optimizer = module.configure_optimizers()
+    for step, decay in ((0, 0.0), (2, 0.0), (3, 0.5), (5, 0.5)):
+        module.set_rates(optimizer, step)
+        for group in optimizer.param_groups:
+            assert {decay if p.ndim > 1 else 0.0 for p in group["params"]} == {group["weight_decay"]}
 
 
 def test_every_trained_parameter_is_in_one_group() -> None:

@@ -36,12 +36,12 @@ from babelrs_geo.datasets.published import Published
 from babelrs_geo.datasets.seeding import generator
 from babelrs_geo.errors import LabelError, ParameterError, SceneError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
+from babelrs_geo.models.plain import from_plain, to_plain
 from babelrs_geo.training import step_schedule, validation
 from babelrs_geo.training.data import Look, TrainingData
 from babelrs_geo.training.loading import Batches
 from babelrs_geo.training.recipe import Recipe, read
 from babelrs_geo.training.run import Place, Trained, build, configuration, fit
-from babelrs_geo.training.settings import from_plain, to_plain
 from babelrs_geo.training.trainer import Course, begin
 from babelrs_geo.vectors.labels import read_labels
 
@@ -289,7 +289,7 @@ from babelrs_geo.training.module import DetectorTraining
 from babelrs_geo.training import step_schedule
 from babelrs_geo.training.recipe import Recipe, read
 from babelrs_geo.training.run import Place, fit
-from babelrs_geo.training.settings import from_plain, to_plain
+from babelrs_geo.models.plain import from_plain, to_plain
 
 folder, draws = Path(sys.argv[3]), []
 read = Mixture.__getitem__
@@ -340,6 +340,19 @@ def test_a_process_takes_the_turns_of_those_that_it_stands_in_for(soi: Path, tmp
         begin(Course(**course(how, 3)), Place(folder=tmp_path, device="cpu", devices=3))
 
 
+def test_a_run_goes_on_with_the_data_it_began_with_alone(whole: Path, soi: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    moved = shutil.copytree(soi, tmp_path / "soi")
+    assert run(folder, moved, resume=True).step == STEPS
+    label = moved / "DOTA_800pix" / "train" / "annfiles" / "0.txt"
+    for text in ("", "30 20 60 20 60 33 30 33 plane 0\n"):
+        label.write_text(text)
+        with pytest.raises(
+            ParameterError, match=r"began with 4 images \(\w+\) as rgb to learn, and --data has 4 "
+        ):
+            run(folder, moved, resume=True)
+
+
 def course(how: Recipe, world: int) -> dict[str, Any]:
     return {
         "name": how.name,
@@ -353,7 +366,7 @@ def course(how: Recipe, world: int) -> dict[str, Any]:
 
 
 def test_a_run_in_turns_that_is_stopped_goes_on_as_if_nothing_had_happened(soi: Path, tmp_path: Path) -> None:
-    """Also from a checkpoint of before, in which Lightning itself had counted the steps."""
+    """Also from a checkpoint of before, in which Lightning itself had counted the steps, and no data were told."""
     how = recipe(3, processes=2, run=run_part(workers=1))
     run(tmp_path / "whole", soi, how)
     stopped = run(tmp_path / "two", soi, how, progress=lambda *_: signal.raise_signal(signal.SIGINT))
@@ -362,6 +375,7 @@ def test_a_run_in_turns_that_is_stopped_goes_on_as_if_nothing_had_happened(soi: 
     state = torch.load(last, weights_only=True)
     for counts in state["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"].values():
         counts.update(dict.fromkeys(counts, 0))
+    del state["TrainingData"]
     torch.save(state, last)
     assert run(tmp_path / "two", soi, how, resume=True).step == 3
     assert_same(tmp_path / "whole", tmp_path / "two")
@@ -472,6 +486,43 @@ def test_a_file_that_cannot_be_read_is_told_by_name_from_a_worker_too(soi: Path,
         run(tmp_path / "run", tmp_path / "soi", recipe(run=run_part(workers=1)))
 
 
+@pytest.mark.parametrize("damage", ["cut", "no archive", "empty", "of others"])
+def test_a_checkpoint_that_is_none_is_told(whole: Path, soi: Path, tmp_path: Path, damage: str) -> None:
+    last = tmp_path / "last.ckpt"
+    if damage == "of others":
+        torch.save({"state_dict": {}, "global_step": 3}, last)
+    else:
+        content = (whole / "last.ckpt").read_bytes()
+        last.write_bytes({"cut": content[:5000], "no archive": b"not at all", "empty": b""}[damage])
+    with pytest.raises(
+        WeightsError, match=r"last\.ckpt (cannot be read|is no checkpoint of a run)"
+    ) as caught:
+        run(tmp_path, soi, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_scenes_that_a_file_names_badly_are_told(soi: Path, tmp_path: Path) -> None:
+    how, path = recipe(data={"sensors": ["rgb"]}), tmp_path / "scenes.yaml"
+    good = {
+        "sensor": "rgb",
+        "scenes": ["a.tif"],
+        "labels": "l.gpkg",
+        "split": "train",
+        "size": 64,
+        "stride": 64,
+    }
+    for text, told in (
+        ("scenes: [a.tif", "does not name scenes"),
+        (yaml.safe_dump(good | {"size": "big"}), "size is 'big'; expected a whole number"),
+        (yaml.safe_dump(good | {"stride": 0}), "stride is 0; expected 1 or more"),
+        (yaml.safe_dump(good | {"sensor": "thermal"}), "sensor is 'thermal'; expected one of sar, rgb, ir"),
+        ("sensor: rgb", "scenes is missing"),
+    ):
+        path.write_text(text)
+        with pytest.raises(LabelError, match=told):
+            TrainingData(how, configuration(how.model), [path])
+
+
 def test_half_precision_on_a_cpu_is_refused(soi: Path, tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="precision 16 needs a GPU"):
         run(tmp_path, soi, recipe(precision="16"))
@@ -509,6 +560,11 @@ def test_chips_and_scenes_are_learnt_from_too(tmp_path: Path) -> None:
     assert len(names) == learnt + 1  # four windows of one scene
     fit(how, [tmp_path / "chips", tmp_path / "scenes.yaml"], Place(folder=tmp_path / "run", device="cpu"))
     header = checkpoints.read_header(tmp_path / "run" / "best.safetensors")
+    assert data.contents["rgb to learn"].startswith(f"{learnt + 4} images (")
+    with next((tmp_path / "chips").rglob("*.tif")).open("ab") as file:
+        file.write(b" ")
+    other = TrainingData(how, data.config, [tmp_path / "chips", tmp_path / "scenes.yaml"])
+    assert other.contents != data.contents
     metre = abs(NORTH_UP.a)
     assert header.gsd["rgb"] == pytest.approx((metre / 1.25, metre * 1.25), rel=0.02)
     assert header.metrics["rgb"]["images"] == judged

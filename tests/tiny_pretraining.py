@@ -11,7 +11,7 @@ from tiny_model import TINY
 from tiny_pivot import QWEN, byte_tokenizer
 
 from babelrs_geo.datasets.instruct import InstructOptions, write_corpus
-from babelrs_geo.training.settings import to_plain
+from babelrs_geo.models.plain import to_plain
 
 
 def write_data(root: Path) -> Path:

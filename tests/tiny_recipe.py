@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from tiny_model import TINY
 
-from babelrs_geo.training.settings import to_plain
+from babelrs_geo.models.plain import to_plain
 
 
 def tiny_recipe(steps: int = 6, **changes: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +39,13 @@ class RunArguments:
         """Whether this process says nothing: of several, only the first does."""
         return self.quiet or int(os.environ.get("LOCAL_RANK", "0")) > 0
 
-    def read(self, read: Callable[[str, Sequence[str]], Any]) -> Any:
+    def read(self, read: Callable[[str, Sequence[str], Mapping[str, Any]], Any]) -> Any:
         """The recipe, with changes by --set and by what has an option of its own."""
         if (self.recipe is None) == (self.config is None):
             raise click.UsageError("pass one of --recipe and --config")
         own = {"model.start": self.start, "run.workers": self.workers}
-        changes = [*self.changes, *(f"{key}={value}" for key, value in own.items() if value is not None)]
-        return read(self.recipe or str(self.config), changes)
+        given = {key: value for key, value in own.items() if value is not None}
+        return read(self.recipe or str(self.config), self.changes, given)
 
     def place(self, progress: Callable[[int, int], None] | None) -> Place:
         """Where and on what."""

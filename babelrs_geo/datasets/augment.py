@@ -15,17 +15,18 @@ from torch import Tensor
 
 from babelrs_geo.boxes import areas, clip, corners, from_corners, from_xyxy, intersection_pairs
 from babelrs_geo.datasets.soi import Record
+from babelrs_geo.errors import ParameterError
 
 
 @dataclass(frozen=True)
 class Augment:
-    """How crops are drawn. Scales are output pixels an input pixel."""
+    """How crops are drawn. Scales are output pixels an input pixel. Raises ParameterError for numbers out of range."""
 
     size: int = 384
     scale: tuple[float, float] = (0.7, 1.4)
     turn: bool = True
-    """Any rotation in half of the crops; quarter turns and flips always. Horizontal boxes allow quarter turns
-    only.
+    """Any rotation in half of the crops; quarter turns and flips always. Not of SAR, whose horizontal boxes would
+    become loose bounds.
     """
     gamma: float = 0.25
     contrast: float = 0.2
@@ -41,6 +42,14 @@ class Augment:
     """Share of crops in which another image begins at a random row or column: what lies beside an object then says
     nothing of it, as where frames lie beside each other in a mosaic or a tile's edge cuts a scene elsewhere.
     """
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if self.size < 1 or not 0 < low <= high or not 0 < self.visible <= 1:
+            raise ParameterError(
+                f"crops of {self.size} px at scales {self.scale} that keep boxes seen by {self.visible}; give a "
+                "size of 1 or more, scales above 0 in order, and a share in (0, 1]"
+            )
 
 
 def load_image(record: Record) -> Tensor:
@@ -117,7 +126,7 @@ def _view(image: Tensor, record: Record, options: Augment, rng: np.random.Genera
     size = options.size
     scale = math.exp(rng.uniform(math.log(options.scale[0]), math.log(options.scale[1])))
     angle = math.radians(90 * int(rng.integers(4)))
-    if options.turn and rng.random() < 0.5:
+    if options.turn and record.sensor != "sar" and rng.random() < 0.5:
         angle += rng.uniform(-math.pi / 4, math.pi / 4)
     flip = -1.0 if rng.random() < 0.5 else 1.0
     if len(record.boxes) and rng.random() < 0.75:

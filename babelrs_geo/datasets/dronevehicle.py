@@ -58,10 +58,11 @@ def _record(path: Path, images: dict[str, Path], sensor: str, classes: dict[str,
     try:
         root = ElementTree.parse(path).getroot()
         width, height = (float(root.findtext(f"size/{side}") or "nan") for side in ("width", "height"))
-        quads, labels = [], []
+        quads, labels, dropped = [], [], 0
         for item in root.iter("object"):
             quad, name = _corners(item), _name(item.findtext("name") or "")
             if quad is None or name == "*":
+                dropped += 1
                 continue
             if name not in classes:
                 raise LabelError(
@@ -75,10 +76,12 @@ def _record(path: Path, images: dict[str, Path], sensor: str, classes: dict[str,
         raise LabelError(f"{path} cannot be read as DroneVehicle's XML ({error})") from error
     boxes = from_corners(np.array(quads).reshape(-1, 4, 2) - border)
     edge = bounds(boxes)
-    kept = (boxes[:, 2:4].min(1, initial=np.inf) >= _THINNEST) & (edge[:, 2:] > 0).all(1)
+    thick = boxes[:, 2:4].min(1, initial=np.inf) >= _THINNEST
+    shown = (edge[:, 2:] > 0).all(1)
     if np.isfinite(width + height):
-        kept &= (edge[:, :2] < (width - 2 * border, height - 2 * border)).all(1)
-    return Record(sensor, images[path.stem], boxes[kept], np.array(labels, np.int64)[kept], border)
+        shown &= (edge[:, :2] < (width - 2 * border, height - 2 * border)).all(1)
+    kept, dropped = thick & shown, dropped + int((shown & ~thick).sum())
+    return Record(sensor, images[path.stem], boxes[kept], np.array(labels, np.int64)[kept], border, dropped)
 
 
 def _corners(item: ElementTree.Element) -> NDArray[np.float64] | None:

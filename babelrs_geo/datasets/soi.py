@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +37,15 @@ class Record:
     """(N,) indices into the sensor's own classes."""
     border: int = 0
     """Pixels of white border around the image in the file, which are no part of the image."""
+    dropped: int = 0
+    """Objects that are labelled, but not well enough to be here: crowds, those to ignore, and the thinnest."""
 
 
 def read_split(root: Path, sensor: str, split: str, classes: Sequence[str]) -> list[Record]:
     """Records of one sensor's split under a SOI-Det folder, sorted by file name.
 
-    Images without objects are kept: they are background. Raises LabelError for a missing folder, a class
-    outside `classes`, or an image that is not there.
+    Images without objects are kept: they are background. Raises LabelError for a missing folder, a broken file, a
+    class outside `classes`, or an image that is not there.
     """
     source = _annotations(root, sensor, split)
     if sensor == "sar":
@@ -49,13 +54,13 @@ def read_split(root: Path, sensor: str, split: str, classes: Sequence[str]) -> l
 
 
 def class_names(root: Path, sensor: str, split: str) -> tuple[str, ...]:
-    """The classes that a split's objects have, sorted. Raises LabelError for a missing folder."""
+    """The classes that a split's objects have, sorted. Raises LabelError for a missing folder or a broken file."""
     source = _annotations(root, sensor, split)
     if sensor == "sar":
-        document = json.loads(source.read_text())
-        used = {item["category_id"] for item in document["annotations"]}
-        return tuple(sorted(c["name"] for c in document["categories"] if c["id"] in used))
-    return tuple(sorted({row[8] for path in source.glob("*.txt") for row in _rows(path)}))
+        with _as_coco(source) as document:
+            used = {item["category_id"] for item in document["annotations"]}
+            return tuple(sorted(c["name"] for c in document["categories"] if c["id"] in used))
+    return tuple(sorted({name for path in source.glob("*.txt") for _, name in _rows(path)}))
 
 
 def _annotations(root: Path, sensor: str, split: str) -> Path:
@@ -73,26 +78,44 @@ def _annotations(root: Path, sensor: str, split: str) -> Path:
     return path
 
 
+@contextmanager
+def _as_coco(path: Path) -> Iterator[Any]:
+    """A file of COCO annotations; whatever shows in the block that it is none is a LabelError."""
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except LabelError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LabelError(
+            f"{path} cannot be read as COCO's annotations ({type(error).__name__}: {error}); get a whole copy"
+        ) from error
+
+
 def _coco(path: Path, classes: Sequence[str]) -> list[Record]:
     folder = path.parents[1]
-    document = json.loads(path.read_text())
-    names = {c["id"]: c["name"] for c in document["categories"]}
-    found: dict[int, tuple[list[list[float]], list[int]]] = {im["id"]: ([], []) for im in document["images"]}
-    for item in document["annotations"]:
-        x, y, w, h = item["bbox"]
-        if item.get("iscrowd") or item.get("ignore") or w < 1 or h < 1:
-            continue
-        boxes, labels = found[item["image_id"]]
-        boxes.append([x, y, x + w, y + h])
-        labels.append(_index(names[item["category_id"]], classes, path))
-    records = []
-    for image in sorted(document["images"], key=lambda im: im["file_name"]):
-        boxes, labels = found[image["id"]]
-        file = _existing(folder / "JPEGImages" / image["file_name"], path)
-        records.append(
-            Record("sar", file, from_xyxy(np.array(boxes).reshape(-1, 4)), np.array(labels, np.int64))
-        )
-    return records
+    with _as_coco(path) as document:
+        names = {c["id"]: c["name"] for c in document["categories"]}
+        found: dict[int, tuple[list[list[float]], list[int]]] = {
+            im["id"]: ([], []) for im in document["images"]
+        }
+        dropped: Counter[int] = Counter()
+        for item in document["annotations"]:
+            x, y, w, h = item["bbox"]
+            if item.get("iscrowd") or item.get("ignore") or w < 1 or h < 1:
+                dropped[item["image_id"]] += 1
+                continue
+            boxes, labels = found[item["image_id"]]
+            boxes.append([x, y, x + w, y + h])
+            labels.append(_index(names[item["category_id"]], classes, path))
+        records = []
+        for image in sorted(document["images"], key=lambda im: im["file_name"]):
+            boxes, labels = found[image["id"]]
+            file = _existing(folder / "JPEGImages" / image["file_name"], path)
+            rows = from_xyxy(np.array(boxes, np.float64).reshape(-1, 4))
+            records.append(
+                Record("sar", file, rows, np.array(labels, np.int64), dropped=dropped[image["id"]])
+            )
+        return records
 
 
 def _dota(annotations: Path, images: Sequence[str], sensor: str, classes: Sequence[str]) -> list[Record]:
@@ -103,18 +126,29 @@ def _dota(annotations: Path, images: Sequence[str], sensor: str, classes: Sequen
         if path.stem not in by_stem:
             raise LabelError(f"{path} has no image; expected {path.stem}.png or .jpg in {folder / images[0]}")
         rows = _rows(path)
-        quads = np.array([[float(v) for v in row[:8]] for row in rows]).reshape(-1, 4, 2)
-        labels = np.array([_index(row[8], classes, path) for row in rows], np.int64)
+        quads = np.array([corners for corners, _ in rows]).reshape(-1, 4, 2)
+        labels = np.array([_index(name, classes, path) for _, name in rows], np.int64)
         boxes = from_corners(quads)
         thick = boxes[:, 2:4].min(1, initial=np.inf) >= 2
-        records.append(Record(sensor, by_stem[path.stem], boxes[thick], labels[thick]))
+        thin = int((~thick).sum())
+        records.append(Record(sensor, by_stem[path.stem], boxes[thick], labels[thick], dropped=thin))
     return records
 
 
-def _rows(path: Path) -> list[list[str]]:
-    """Words of a DOTA text, without its header."""
-    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    return [row for row in rows if row[0].partition(":")[0] not in ("imagesource", "gsd")]
+def _rows(path: Path) -> list[tuple[list[float], str]]:
+    """Corners and class of each object of a DOTA text, whose header is left out. Raises LabelError."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        words = line.split()
+        if not words or words[0].partition(":")[0] in ("imagesource", "gsd"):
+            continue
+        try:
+            rows.append(([float(v) for v in words[:8]], words[8]))
+        except (ValueError, IndexError):
+            raise LabelError(
+                f"{path} has the row {line.strip()!r}; expected x and y of four corners, and a class"
+            ) from None
+    return rows
 
 
 def _index(name: str, classes: Sequence[str], path: Path) -> int:

@@ -46,7 +46,7 @@ class Augmentation:
     turn: float = 45.0
     """Half of the views are turned by up to so many degrees, either way, beside quarter turns."""
     oriented: bool = True
-    """False for horizontal boxes: they allow quarter turns only, and stay upright."""
+    """False for horizontal boxes, as SAR's: they allow quarter turns only, and stay upright."""
     focus: float = 0.75
     """Share of the views that look near an object, so that rare ones are seen."""
     visible: float = 0.4

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from babelrs_geo.errors import ParameterError
 from babelrs_geo.models.efficientnet import SHOWN, EfficientNetLite0
 from babelrs_geo.models.vit import PatchEmbeddings, ViTConfig, make_blocks
 
@@ -46,6 +47,13 @@ class AdapterConfig:
     extra_extractors: int = 2
     deform_ratio: float = 1.0
     """Width of the deformable attention's values relative to D."""
+
+    def __post_init__(self) -> None:
+        if sum(self.stages) != self.vit.depth:
+            raise ParameterError(
+                f"stages are {', '.join(map(str, self.stages))}; expected blocks that add up to vit.depth, "
+                f"{self.vit.depth}"
+            )
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -305,8 +313,6 @@ class ViTAdapter(nn.Module):
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
-        if sum(config.stages) != config.vit.depth:
-            raise ValueError(f"stages {config.stages} must add up to the depth, {config.vit.depth}")
         dim = config.vit.dim
         self.config = config
         self.embeddings = PatchEmbeddings(config.vit)

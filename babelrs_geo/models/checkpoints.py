@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ from babelrs_geo.models.adapter import ViTAdapter
 from babelrs_geo.models.detector import Detector, DetectorConfig
 from babelrs_geo.models.official import BACKBONE, ENCODER, backbone_of, vision_of
 from babelrs_geo.models.pivot import STEP, PivotConfig
+from babelrs_geo.models.plain import Settings, from_plain
 from babelrs_geo.models.vit import ViTConfig
 
 KEY = "babelrs_geo"
@@ -65,8 +66,14 @@ class Header:
 
     @cached_property
     def config(self) -> DetectorConfig:
-        """The architecture as a configuration."""
-        return DetectorConfig.from_dict(self.architecture)
+        """The architecture as a configuration. Raises WeightsError for one that this version does not know."""
+        try:
+            return DetectorConfig.from_dict(self.architecture)
+        except ParameterError as cause:
+            raise WeightsError(
+                f'the architecture of weights "{self.name}" cannot be read ({cause}); use the babelrs-geo that wrote '
+                "them or newer weights"
+            ) from cause
 
     @property
     def tile(self) -> int:
@@ -97,23 +104,8 @@ class Header:
 
     @classmethod
     def from_json(cls, text: str) -> Header:
-        """The header from `to_json`. Raises WeightsError for another format or missing fields."""
-        try:
-            values = json.loads(text)
-            if values["format"] != FORMAT:
-                raise WeightsError(
-                    f"weights have header format {values['format']}; this version reads {FORMAT}: "
-                    "use the babelrs-geo that wrote them or newer weights"
-                )
-            values["classes"] = {s: tuple(names) for s, names in values["classes"].items()}
-            values["gsd"] = {s: (float(low), float(high)) for s, (low, high) in values["gsd"].items()}
-            return cls(**values)
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as cause:
-            if isinstance(cause, WeightsError):
-                raise
-            raise WeightsError(
-                f"the weights' header cannot be read ({cause}); expected babelrs-geo's"
-            ) from cause
+        """The header from `to_json`. Raises WeightsError for another format or unfit fields."""
+        return _parsed(cls, _values(text))
 
 
 @dataclass(frozen=True)
@@ -138,6 +130,28 @@ class Start:
     def to_json(self) -> str:
         """The header as it is stored."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def _values(text: str) -> dict[str, Any]:
+    """What a header of this format holds."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as cause:
+        raise WeightsError(f"the weights' header cannot be read ({cause}); expected babelrs-geo's") from cause
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        told = values.get("format", "none") if isinstance(values, dict) else "none"
+        raise WeightsError(
+            f"weights have header format {told}; this version reads {FORMAT}: use the babelrs-geo that wrote them or "
+            "newer weights"
+        )
+    return values
+
+
+def _parsed(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    try:
+        return from_plain(kind, values)
+    except ParameterError as cause:
+        raise WeightsError(f"the weights' header cannot be read ({cause}); expected babelrs-geo's") from cause
 
 
 def save(path: str | os.PathLike[str], model: Detector, header: Header) -> None:
@@ -175,13 +189,8 @@ def read(path: str | os.PathLike[str]) -> Header | Start:
             f"{path} has no babelrs-geo header; give weights made by babelrs-geo, or make some of published "
             "ones: babelrs-geo weights import"
         )
-    try:
-        values = json.loads(metadata[KEY])
-        if isinstance(values, dict) and values.get("kind") in get_args(StartKind):
-            return Start(**values)
-    except (json.JSONDecodeError, TypeError) as cause:
-        raise WeightsError(f"{path}: its header cannot be read ({cause}); expected babelrs-geo's") from cause
-    return Header.from_json(metadata[KEY])
+    values = _values(metadata[KEY])
+    return _parsed(Start, values) if "kind" in values else _parsed(Header, values)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from babelrs_geo.models.adapter import AdapterConfig, ViTAdapter
 from babelrs_geo.models.fpn import SharedFPN
 from babelrs_geo.models.gfl import GFLConfig, GFLHead, HorizontalTarget
 from babelrs_geo.models.oriented_rcnn import OrientedRoI, OrientedRPN, OrientedTarget, RoIConfig, RPNConfig
+from babelrs_geo.models.plain import from_plain
 from babelrs_geo.models.vit import ViTConfig
 
 Prediction = tuple[Tensor, Tensor, Tensor]
@@ -77,23 +78,8 @@ class DetectorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DetectorConfig:
-        """The configuration from `to_dict`, also after a round through JSON."""
+        """The configuration from `to_dict`, also after a round through JSON. Raises ParameterError."""
         return from_plain(cls, values)
-
-
-def from_plain(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A configuration of dataclasses from plain values, also after a round through JSON."""
-    hints = get_type_hints(kind)
-    out = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_plain(hints[name], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(value, Mapping):
-            value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        out[name] = value
-    return kind(**out)
 
 
 COMPACT = DetectorConfig(

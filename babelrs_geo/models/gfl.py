@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from babelrs_geo.errors import ParameterError
 from babelrs_geo.models.suppression import batched_nms
 
 PRIOR_LOGIT = -math.log(99)
@@ -42,6 +43,12 @@ class GFLConfig:
     pre_nms: int = 1000
     nms_iou: float = 0.6
     max_boxes: int = 100
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.channels % self.groups:
+            raise ParameterError(
+                f"gfl.groups is {self.groups}; expected a divisor of gfl.channels, {self.channels}"
+            )
 
 
 @dataclass(frozen=True)

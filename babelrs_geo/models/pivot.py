@@ -29,8 +29,8 @@ from babelrs_geo.models import language
 from babelrs_geo.models.adapter import AdapterConfig, ViTAdapter
 from babelrs_geo.models.annealing import PAPER, TAU, LayerAnnealing, Taps
 from babelrs_geo.models.conversation import IGNORED, IMAGE_TOKEN, SYSTEM, TURN_END, TextBatch, prompt
-from babelrs_geo.models.detector import from_plain
 from babelrs_geo.models.official import INTERNVIT
+from babelrs_geo.models.plain import from_plain
 from babelrs_geo.models.vit import VisionTransformer, ViTConfig
 
 Part = Literal["encoder", "projector", "tokens", "language"]

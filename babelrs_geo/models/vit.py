@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from babelrs_geo.errors import ParameterError
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -37,6 +39,10 @@ class ViTConfig:
     """A learned token before those of the patches, as in pretraining; the detector has none."""
     drop_path: float = 0.0
     """Chance that training drops the last block's branches for an image; it grows linearly from 0 at the first."""
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.dim % self.heads:
+            raise ParameterError(f"vit.heads is {self.heads}; expected a divisor of vit.dim, {self.dim}")
 
 
 SMALL_MAP = 2**24

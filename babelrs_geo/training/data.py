@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
 from torch import Generator, Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from torchgeo.samplers import GridGeoSampler
@@ -40,10 +40,12 @@ from babelrs_geo.datasets.scenes import SceneDataset
 from babelrs_geo.datasets.seeding import generator
 from babelrs_geo.datasets.soi import FOLDERS, Record, read_split
 from babelrs_geo.datasets.transforms import Augmentation
-from babelrs_geo.errors import LabelError
+from babelrs_geo.errors import LabelError, ParameterError
 from babelrs_geo.models.detector import DetectorConfig, HorizontalTarget, OrientedTarget
+from babelrs_geo.models.plain import Count, from_plain
 from babelrs_geo.training.loading import Batches, begin_work
-from babelrs_geo.training.recipe import DataPart, Phase, Recipe
+from babelrs_geo.training.origin import RunData, outline
+from babelrs_geo.training.recipe import DataPart, Phase, Recipe, SensorName
 
 Target = HorizontalTarget | OrientedTarget
 Learnt = dict[str, Any]
@@ -124,25 +126,36 @@ def _source(path: Path, sensor: str, split: str, classes: Sequence[str]) -> Sour
     )
 
 
+@dataclass(frozen=True)
+class _Named:
+    """What a YAML file that names scenes says."""
+
+    sensor: SensorName
+    scenes: tuple[str, ...]
+    labels: str
+    split: str
+    size: Count
+    stride: Count
+
+
 def _scenes(path: Path, sensor: str, split: str, classes: Sequence[str]) -> Source | None:
     """Windows of scenes that a YAML file names."""
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = {"sensor", "scenes", "labels", "split", "size", "stride"}
-    if not isinstance(document, dict) or set(document) != wanted:
-        raise LabelError(f"{path} does not name scenes; expected the keys {', '.join(sorted(wanted))}")
-    if document["sensor"] != sensor or document["split"] != split:
+    try:
+        named = from_plain(_Named, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ParameterError) as error:
+        raise LabelError(f"{path} does not name scenes ({' '.join(str(error).split())})") from error
+    if named.sensor != sensor or named.split != split:
         return None
-    size, stride = int(document["size"]), int(document["stride"])
     scenes = SceneDataset(
-        [path.parent / name for name in document["scenes"]],
+        [path.parent / name for name in named.scenes],
         sensor,
-        str(path.parent / document["labels"]),
+        str(path.parent / named.labels),
         classes,
-        GroundOptions(least=size),
+        GroundOptions(least=named.size),
     )
-    windows = Queries(scenes, GridGeoSampler(scenes, size, stride))
+    windows = Queries(scenes, GridGeoSampler(scenes, named.size, named.stride))
     if not len(windows):
-        raise LabelError(f"{path}: no window of {size} px lies in its scenes; give a smaller size")
+        raise LabelError(f"{path}: no window of {named.size} px lies in its scenes; give a smaller size")
     metres = [s.gsd for s in scenes.scenes]
     known = [m for m in metres if m is not None]
     gsd = (min(known), max(known)) if len(known) == len(metres) else None
@@ -281,7 +294,7 @@ class Join:
         return [join(samples[at : at + self.count]) for at in range(0, len(samples), self.count)]
 
 
-class TrainingData(LightningDataModule):
+class TrainingData(RunData):
     """Sources to learn from and to judge on, and their batches by quota.
 
     Raises LabelError where a sensor of the recipe has nothing to learn from.
@@ -306,6 +319,12 @@ class TrainingData(LightningDataModule):
                 f"chips with a split for it, or name another: --set data.val.{lacking[0]}=..."
             )
         self.batches: Batches | None = None
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Those to learn from and to judge on."""
+        parts = {"learn": self.learn, "judge": self.judge}
+        return {f"{s} to {part}": outline(own.samples) for part, by in parts.items() for s, own in by.items()}
 
     def mixture(self, phase: Phase) -> Mixture:
         """The sources as a phase looks at them."""

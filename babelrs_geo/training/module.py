@@ -46,7 +46,7 @@ class DetectorTraining(Measured):
         return torch.optim.AdamW(groups, lr=first.lr)
 
     def set_rates(self, optimizer: Optimizer, step: int) -> float:
-        """Each group's learning rate at a global step; returns the highest."""
+        """Each group's learning rate and weight decay at a global step; returns the highest rate."""
         phase = self.recipe.phase(step)
         for group in optimizer.param_groups:
             if self.recipe.layer_decay:
@@ -54,6 +54,7 @@ class DetectorTraining(Measured):
             else:
                 base = phase.prior_lr if group["prior"] else phase.lr
                 group["lr"] = base * schedule(step, phase)
+                group["weight_decay"] = phase.weight_decay if group["params"][0].ndim > 1 else 0.0
         return max(group["lr"] for group in optimizer.param_groups)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import ConcatDataset, Subset
 
+from babelrs_geo.datasets.chips import ChipDataset
 from babelrs_geo.datasets.frames import FrameDataset
 from babelrs_geo.datasets.samplers import Numbered
 from babelrs_geo.datasets.soi import content
+from babelrs_geo.errors import ParameterError
 from babelrs_geo.models import checkpoints, zoo
 
 
@@ -48,21 +53,63 @@ def fingerprint(samples: Iterable[Numbered]) -> str:
 
 
 def _contents(samples: Any) -> Iterator[bytes]:
-    if isinstance(samples, ConcatDataset):
-        for part in samples.datasets:
-            yield from _contents(part)
-        return
-    if isinstance(samples, Subset):
-        samples, chosen = samples.dataset, list(samples.indices)
-    else:
-        chosen = list(range(len(samples)))
-    for i in chosen:
-        if isinstance(samples, FrameDataset):
-            yield content(samples.records[i])
+    for part, i in _each(samples):
+        if isinstance(part, FrameDataset):
+            yield content(part.records[i])
         else:
-            sample = samples[i]
+            sample = part[i]
             yield sample["image"].numpy().tobytes() + sample["valid"].numpy().tobytes()
             yield np.asarray(sample["boxes"], np.float64).tobytes() + sample["labels"].numpy().tobytes()
+
+
+def outline(samples: Numbered) -> str:
+    """How many images, and a hash of what is known of them before one is read: labels, and sizes of files."""
+    digest = hashlib.sha256()
+    for part, i in _each(samples):
+        if isinstance(part, FrameDataset):
+            record = part.records[i]
+            digest.update(record.boxes.tobytes() + record.labels.tobytes() + _bytes(record.path))
+        elif isinstance(part, ChipDataset):
+            row = part.table.iloc[i]
+            digest.update(f"{row['chip']} {row['objects']} ".encode() + _bytes(part.folder / row["path"]))
+    return f"{len(samples)} images ({digest.hexdigest()[:12]})"
+
+
+def _each(samples: Any) -> Iterator[tuple[Any, int]]:
+    """The dataset that each sample is of, and its number there."""
+    if isinstance(samples, ConcatDataset):
+        for part in samples.datasets:
+            yield from _each(part)
+    elif isinstance(samples, Subset):
+        yield from ((samples.dataset, i) for i in samples.indices)
+    else:
+        yield from ((samples, i) for i in range(len(samples)))
+
+
+def _bytes(path: Path) -> bytes:
+    return str(path.stat().st_size if path.is_file() else -1).encode()
+
+
+class RunData(LightningDataModule):
+    """The data of a run, which goes on with the same alone: checkpoints hold what they are."""
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """What tells each of them from others, by its name."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"contents": self.contents}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """ParameterError where the checkpoint is of other data."""
+        for name, before in state_dict["contents"].items():
+            if self.contents.get(name) != before:
+                raise ParameterError(
+                    f"the run began with {before} as {name}, and --data has {self.contents.get(name, 'none')}; go on "
+                    "with the data it began with, or choose another folder"
+                )
 
 
 def weights_before(start: str | None) -> dict[str, Any] | None:

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from babelrs_geo.datasets.augment import Augment
 from babelrs_geo.datasets.published import Published
 from babelrs_geo.datasets.transforms import Augmentation
 from babelrs_geo.errors import ParameterError
+from babelrs_geo.models.plain import Count, OneOf, Range, Whole
 from babelrs_geo.training import settings
-from babelrs_geo.training.schedules import LayerDecay, StepSchedule
+from babelrs_geo.training.schedules import LayerDecay, Rate, StepSchedule
 from babelrs_geo.training.settings import RunPart
 
 FOLDER = Path(__file__).parent / "recipes"
 SENSORS = ("sar", "rgb", "ir")
+SensorName = Annotated[str, OneOf(SENSORS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,13 @@ class ModelPart:
 
     base: Literal["full", "compact"] = "compact"
     """`DetectorConfig()`, the paper's, or `COMPACT`."""
-    classes: Mapping[str, tuple[str, ...]] | None = None
+    classes: Mapping[SensorName, tuple[str, ...]] | None = None
     """Classes of each sensor, in place of the base's."""
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """Numbers of `DetectorConfig` that differ from the base's, nested as there."""
     start: str | None = None
     """`imagenet` for the compact one's prior; else an encoder or a detector, by name or file; None: at random."""
-    freeze: int = 0
+    freeze: Whole = 0
     """First stages of an ImageNet-trained trunk that are kept as they are."""
     checkpoint_gradients: bool = False
     """Less memory for a third more work."""
@@ -45,10 +47,10 @@ class ModelPart:
 class DataPart:
     """What is learnt from and judged on."""
 
-    sensors: tuple[str, ...] = SENSORS
-    train: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(SENSORS, "train"))
+    sensors: tuple[SensorName, ...] = SENSORS
+    train: Mapping[SensorName, str] = field(default_factory=lambda: dict.fromkeys(SENSORS, "train"))
     """Split by sensor."""
-    val: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(SENSORS, "val"))
+    val: Mapping[SensorName, str] = field(default_factory=lambda: dict.fromkeys(SENSORS, "val"))
     background: bool = True
     """Learn from images without objects too."""
     least: int = 1
@@ -76,20 +78,21 @@ class View:
 class Phase:
     """A stretch of the run, until the global step `steps`."""
 
-    steps: int
-    quota: Mapping[str, int]
+    steps: Count
+    quota: Mapping[SensorName, Whole]
     """Images of each sensor in a batch of one process."""
-    views: Mapping[str, View]
+    views: Mapping[SensorName, View]
     """By sensor."""
-    lr: float = 5e-4
-    prior_lr: float = 1e-4
+    lr: Rate = 5e-4
+    prior_lr: Rate = 1e-4
     """Of the ImageNet-trained convolutions."""
-    weight_decay: float = 0.05
-    warmup: int = 100
-    """Steps over which the rates rise, counted from the run's start."""
-    cooldown: int = 1
-    """Last steps of the phase, over which the rates fall to zero."""
-    mean_decay: float = 0.0
+    weight_decay: Rate = 0.05
+    """Of matrices and kernels."""
+    warmup: Whole = 100
+    """Steps over which the rates rise, counted from the run's start; 0: none."""
+    cooldown: Whole = 1
+    """Last steps of the phase, over which the rates fall to zero; 0: none."""
+    mean_decay: Annotated[float, Range(least=0, below=1)] = 0.0
     """Of the running mean of the weights, which is what is kept; 0: the weights themselves."""
 
 
@@ -97,13 +100,13 @@ class Phase:
 class HeaderPart:
     """What the weights say of themselves beyond what is measured."""
 
-    gsd: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    gsd: Mapping[SensorName, tuple[float, float]] = field(default_factory=dict)
     """Metres a pixel by sensor, where the data do not say."""
-    radiometry: Mapping[str, str] = field(default_factory=dict)
+    radiometry: Mapping[SensorName, str] = field(default_factory=dict)
     licence: str = "Not stated: the terms of the training data apply."
     data: str = ""
     """What the training data are, in words."""
-    means: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    means: Mapping[SensorName, tuple[str, ...]] = field(default_factory=dict)
     """Classes in a sensor's mean; all that have objects unless given."""
 
 
@@ -119,10 +122,10 @@ class Recipe:
     """Rates that fall from layer to layer, in place of the phases' own."""
     schedule: StepSchedule | None = None
     """Goes with `layer_decay`."""
-    clip: float = 10.0
+    clip: Annotated[float, Range(above=0)] = 10.0
     """Greatest total norm of the gradient."""
     precision: Literal["32", "bf16", "16"] = "32"
-    processes: int | None = None
+    processes: Count | None = None
     """How many processes' images a step learns from: fewer processes take several turns each. As many as there are if
     None.
     """
@@ -131,10 +134,6 @@ class Recipe:
     run: RunPart = field(default_factory=RunPart)
 
     def __post_init__(self) -> None:
-        if self.processes is not None and self.processes < 1:
-            raise ParameterError(
-                f"processes is {self.processes}; give 1 or more, or null for as many as there are"
-            )
         if not self.phases:
             raise ParameterError(f"recipe {self.name} has no phases; give at least one")
         if (self.layer_decay is None) != (self.schedule is None):
@@ -142,10 +141,6 @@ class Recipe:
         if len({p.mean_decay > 0 for p in self.phases}) > 1:
             raise ParameterError(
                 "mean_decay is 0 in some phases and not in others; keep a running mean in all or none"
-            )
-        if unknown := set(self.data.sensors) - set(SENSORS):
-            raise ParameterError(
-                f"data.sensors has {', '.join(sorted(unknown))}; expected some of {', '.join(SENSORS)}"
             )
         before = 0
         for number, phase in enumerate(self.phases):
@@ -166,11 +161,17 @@ class Recipe:
                     raise ParameterError(
                         f"{where}.views.{sensor} has {given} kinds; give one of crop, affine, published"
                     )
+                if sensor == "sar" and view is not None and view.affine is not None and view.affine.oriented:
+                    raise ParameterError(
+                        f"{where}.views.sar.affine turns horizontal boxes, which become loose; give oriented: false"
+                    )
             sizes = sorted({phase.views[sensor].chosen.size for sensor in self.data.sensors})
             if len(sizes) > 1:
                 raise ParameterError(
                     f"{where}.views have sizes {', '.join(map(str, sizes))}; the images of a batch have one"
                 )
+            if sizes[0] < 1:
+                raise ParameterError(f"{where}.views have size {sizes[0]}; expected 1 or more")
 
     @property
     def steps(self) -> int:
@@ -203,6 +204,8 @@ def names() -> list[str]:
     return settings.names(FOLDER)
 
 
-def read(name_or_path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+def read(
+    name_or_path: str | Path, changes: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Recipe:
     """A recipe by name or file, with changes, as `settings.read`. Raises ParameterError."""
-    return settings.read(Recipe, FOLDER, name_or_path, changes)
+    return settings.read(Recipe, FOLDER, name_or_path, changes, values)

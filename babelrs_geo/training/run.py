@@ -16,13 +16,14 @@ from babelrs_geo.models import checkpoints, zoo
 from babelrs_geo.models.checkpoints import Header
 from babelrs_geo.models.detector import COMPACT, Detector, DetectorConfig
 from babelrs_geo.models.imagenet import load_efficientnet_lite0
+from babelrs_geo.models.plain import from_plain, merged, to_plain
 from babelrs_geo.training.data import TrainingData
 from babelrs_geo.training.keeping import LAST
 from babelrs_geo.training.module import DetectorTraining
 from babelrs_geo.training.origin import Origin, fingerprint, weights_before
 from babelrs_geo.training.recipe import ModelPart, Recipe
 from babelrs_geo.training.schedules import freeze_prior
-from babelrs_geo.training.settings import merged, to_plain, write
+from babelrs_geo.training.settings import write
 from babelrs_geo.training.trainer import RECIPE, Course, Place, begin, train
 from babelrs_geo.training.validation import BEST, FINAL, DetectorKeeper, Verdict
 
@@ -49,7 +50,7 @@ def configuration(part: ModelPart) -> DetectorConfig:
     base = DetectorConfig() if part.base == "full" else COMPACT
     plain = merged(to_plain(base), part.architecture, "model.architecture")
     plain["classes"] = plain["classes"] | {s: list(names) for s, names in (part.classes or {}).items()}
-    return DetectorConfig.from_dict(plain)
+    return from_plain(DetectorConfig, plain, "model.architecture")
 
 
 def build(recipe: Recipe) -> Detector:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from torch import nn
 
 from babelrs_geo.models.detector import Detector
+from babelrs_geo.models.plain import Range, Whole
+
+Rate = Annotated[float, Range(least=0)]
 
 
 class Rates(Protocol):
@@ -36,11 +39,11 @@ class Ramp(Protocol):
 
     @property
     def warmup(self) -> int:
-        """First steps, over which the learning rate rises."""
+        """First steps, over which the learning rate rises; 0: none."""
 
     @property
     def cooldown(self) -> int:
-        """Last steps, over which the learning rate falls to zero."""
+        """Last steps, over which the learning rate falls to zero; 0: none."""
 
 
 def parameter_groups(model: Detector, options: Rates) -> list[dict[str, Any]]:
@@ -63,17 +66,18 @@ def parameter_groups(model: Detector, options: Rates) -> list[dict[str, Any]]:
 
 def schedule(step: int, options: Ramp) -> float:
     """Factor of the learning rate at a step: linear warm-up, plateau, linear fall to zero."""
-    return min(1.0, (step + 1) / options.warmup, max(0.0, (options.steps - step) / options.cooldown))
+    rise, fall = max(1, options.warmup), max(1, options.cooldown)
+    return min(1.0, (step + 1) / rise, max(0.0, (options.steps - step) / fall))
 
 
 @dataclass(frozen=True)
 class LayerDecay:
     """AdamW of the full detector's fine-tuning; the further from the heads, the slower. Defaults are the original's."""
 
-    lr: float = 5e-5
-    decay: float = 0.95
+    lr: Rate = 5e-5
+    decay: Annotated[float, Range(above=0, most=1)] = 0.95
     """Factor of the learning rate from each transformer block to the one before it."""
-    weight_decay: float = 0.05
+    weight_decay: Rate = 0.05
     """Vectors and biases are spared; the heads' scalar scales, position and level embeddings are not."""
 
 
@@ -109,14 +113,13 @@ def _depth(name: str, top: int) -> int:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Warm-up and steps of the full detector's fine-tuning. Defaults are the original's 12 rounds of 2789 batches."""
+    """Warm-up and drops of the full detector's fine-tuning. Defaults are the original's for 12 rounds."""
 
-    steps: int = 33_468
-    warmup: int = 500
-    start: float = 1 / 3
+    warmup: Whole = 500
+    start: Annotated[float, Range(least=0, most=1)] = 1 / 3
     """Factor of the learning rate in the first step."""
-    milestones: tuple[int, ...] = (22_312, 30_679)
-    drop: float = 0.1
+    milestones: tuple[Whole, ...] = (22_312, 30_679)
+    drop: Annotated[float, Range(above=0, most=1)] = 0.1
     """Factor at each milestone."""
 
 

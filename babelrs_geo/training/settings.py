@@ -5,33 +5,29 @@ Unknown keys and unfit values are ParameterErrors that name the nearest key.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import yaml
 
 from babelrs_geo.errors import ParameterError
-
-Settings = TypeVar("Settings")
+from babelrs_geo.models.plain import Count, Range, Settings, Whole, from_plain, keys, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPart:
     """What the weights do not depend on."""
 
-    workers: int = 0
+    workers: Whole = 0
     """Processes that read and augment, for each process that trains."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Annotated[float, Range(least=0)] = 5.0
     """Between checkpoints to go on from; 0: every step."""
-    validate_every: int = 0
+    validate_every: Whole = 0
     """Steps between validations; 0: at the end alone."""
-    log_every: int = 20
-    gradients_every: int = 100
+    log_every: Count = 20
+    gradients_every: Whole = 100
     """Steps between measurements of the sensors' gradients, which cost a backward pass a sensor; 0: never."""
     tensorboard: bool = True
 
@@ -42,11 +38,16 @@ def names(folder: Path) -> list[str]:
 
 
 def read(
-    kind: type[Settings], folder: Path, name_or_path: str | Path, changes: Sequence[str] = ()
+    kind: type[Settings],
+    folder: Path,
+    name_or_path: str | Path,
+    changes: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
 ) -> Settings:
     """A recipe by its name in `folder` or as a file, with changes `dotted.key=value`. Raises ParameterError.
 
-    Values are YAML; a key may step into lists by number, or into all elements by `*`.
+    Values are YAML, those in `values`, by dotted key, what they are; a key may step into lists by number, or into all
+    elements by `*`.
     """
     known = names(folder)
     path = folder / f"{name_or_path}.yaml" if str(name_or_path) in known else Path(name_or_path)
@@ -60,7 +61,7 @@ def read(
         raise ParameterError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ParameterError(
-            f"{path} holds no mapping; expected the keys of a recipe: {', '.join(_keys(kind))}"
+            f"{path} holds no mapping; expected the keys of a recipe: {', '.join(keys(kind))}"
         )
     whole = to_plain(from_plain(kind, document))
     for change in changes:
@@ -71,6 +72,8 @@ def read(
             _put(whole, key.strip().split("."), yaml.safe_load(value), key)
         except yaml.YAMLError as error:
             raise ParameterError(f"{change}: the value is no YAML; quote it") from error
+    for key, given in (values or {}).items():
+        _put(whole, key.split("."), given, key)
     return from_plain(kind, whole)
 
 
@@ -87,17 +90,6 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         for key in first.keys() | second.keys()
         if first.get(key) != second.get(key) and not key.startswith("run.")
     )
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Plain values with some changed, nested as there. ParameterError, naming the key below `where`, for others."""
-    out = dict(base)
-    for name, value in changes.items():
-        if name not in base:
-            raise ParameterError(f"there is no {where}.{name}; expected some of {', '.join(base)}")
-        nested = isinstance(value, Mapping) and isinstance(base[name], Mapping)
-        out[name] = merged(base[name], value, f"{where}.{name}") if nested else value
-    return out
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -129,104 +121,3 @@ def _put(at: Any, keys: list[str], value: Any, whole: str) -> None:
         if not isinstance(at[place], dict | list):
             raise ParameterError(f"{whole}: {place} holds a value, in which there is no {rest[0]}")
         _put(at[place], rest, value, whole)
-
-
-def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as dictionaries and lists."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    return [to_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def from_plain(kind: type[Settings], value: Any) -> Settings:
-    """Plain values as `kind`, a dataclass. ParameterError naming the key at which they do not fit."""
-    made: Settings = _typed(kind, value, "", kind)
-    return made
-
-
-def _typed(kind: Any, value: Any, where: str, root: Any) -> Any:
-    """Plain values as `kind`, a type hint, which stands at `where` in `root`."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        return _typed(next(k for k in inner if k is not type(None)), value, where, root)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, value, where, root)
-    if origin is Literal:
-        if str(value) in inner:
-            return str(value)
-        raise _unfit(where, value, f"one of {', '.join(inner)}")
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or (inner[-1] is not Ellipsis and len(value) != len(inner)):
-            raise _unfit(where, value, "a list" if inner[-1] is Ellipsis else f"a list of {len(inner)}")
-        hints = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-        return tuple(
-            _typed(h, v, f"{where}.{i}", root) for i, (h, v) in enumerate(zip(hints, value, strict=True))
-        )
-    if origin is not None:
-        if not isinstance(value, Mapping):
-            raise _unfit(where, value, "a mapping")
-        return {str(k): _typed(inner[1], v, f"{where}.{k}", root) for k, v in value.items()}
-    return _scalar(kind, value, where)
-
-
-def _scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is bool or isinstance(value, bool):
-        fits = kind is bool and isinstance(value, bool)
-    elif kind is float:
-        try:  # YAML 1.1 takes 1e-4 for a word
-            return float(value)
-        except (TypeError, ValueError):
-            fits = False
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        told = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        raise _unfit(where, value, told.get(kind, str(kind)))
-    return value
-
-
-def _unfit(where: str, value: Any, wanted: str) -> ParameterError:
-    return ParameterError(f"{where} is {value!r}; expected {wanted}")
-
-
-def _dataclass(kind: Any, value: Any, where: str, root: Any) -> Any:
-    hints = get_type_hints(kind)
-    if not isinstance(value, Mapping):
-        raise _unfit(where or "the recipe", value, f"a mapping of {', '.join(hints)}")
-    lead = f"{where}." if where else ""
-    for name in value:
-        if name not in hints:
-            near = _nearest(str(name), lead, hints, root)
-            raise ParameterError(f"there is no {lead}{name} in a recipe; {near}")
-    lacking = [f.name for f in dataclasses.fields(kind) if _needed(f) and f.name not in value]
-    if lacking:
-        raise ParameterError(f"the recipe lacks {lead}{lacking[0]}; give it")
-    return kind(**{name: _typed(hints[name], item, lead + name, root) for name, item in value.items()})
-
-
-def _needed(f: dataclasses.Field[Any]) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _nearest(name: str, lead: str, here: Mapping[str, Any], root: Any) -> str:
-    """The key that was probably meant: of the same part first, then of any."""
-    close = difflib.get_close_matches(name, here, n=1)
-    if close:
-        return f"did you mean {lead}{close[0]}?"
-    close = difflib.get_close_matches(f"{lead}{name}", list(_keys(root)), n=1)
-    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(lead + k for k in here)}"
-
-
-def _keys(kind: Any, lead: str = "") -> Iterator[str]:
-    """Dotted keys of a dataclass, those in lists and mappings left out."""
-    for name, hint in get_type_hints(kind).items():
-        yield lead + name
-        inner = [k for k in (hint, *get_args(hint)) if dataclasses.is_dataclass(k)]
-        if inner and get_origin(hint) is not tuple:
-            yield from _keys(inner[0], f"{lead}{name}.")

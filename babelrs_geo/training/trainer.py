@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from babelrs_geo.errors import OutputError, ParameterError
+from babelrs_geo.errors import OutputError, ParameterError, WeightsError
 from babelrs_geo.training.keeping import LAST, Keeper, Progress
 from babelrs_geo.training.logs import CsvLog
 from babelrs_geo.training.measured import Measured
@@ -70,7 +71,7 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
     """Look at the folder, write the recipe into it, and give the checkpoint to go on from, if any.
 
     Raises ParameterError where it holds another run, or one that was not asked to go on; OutputError where it cannot
-    be written.
+    be written; WeightsError for a checkpoint that is none.
     """
     first, world = getattr(rank_zero_only, "rank", 0) == 0, place.devices * place.nodes
     shares = world * course.turns
@@ -97,7 +98,7 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
         raise ParameterError(
             f"{place.folder} holds a run already; go on with it by --resume auto, or choose another folder"
         )
-    state: dict[str, Any] = torch.load(last, map_location="cpu", mmap=True, weights_only=True)
+    state = _state(last)
     odd = differing(yaml.safe_load(state["recipe"]), yaml.safe_load(course.recipe))
     if odd:
         raise ParameterError(
@@ -112,6 +113,19 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
             stacklevel=3,
         )
     return state
+
+
+def _state(last: Path) -> dict[str, Any]:
+    """What a run's checkpoint holds. Raises WeightsError for a file that is none, or not whole."""
+    try:
+        state = torch.load(last, map_location="cpu", mmap=True, weights_only=True)
+        if {"recipe", "world", "global_step"} <= state.keys():
+            return dict(state)
+    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        raise WeightsError(
+            f"{last} cannot be read ({type(error).__name__}); get a whole copy, or choose another folder"
+        ) from error
+    raise WeightsError(f"{last} is no checkpoint of a run of babelrs-geo; choose another folder")
 
 
 class _About(Callback):

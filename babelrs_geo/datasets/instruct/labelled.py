@@ -53,8 +53,8 @@ class LabelledImage:
     """(N,)"""
     source: Source
     complete: bool = True
-    """False where objects show that are not labelled, cut off by the edge: nothing is then said of how many there are
-    or of what is not there.
+    """False where objects show whose labels are not here, cut off by the edge or dropped by a reader: nothing is then
+    said of how many there are or of what is not there.
     """
 
     @cached_property
@@ -95,7 +95,8 @@ def labelled(
 ) -> list[LabelledImage]:
     """Records of any reader, all of one sensor, whose images lie below `root`.
 
-    Raises SceneError for an image that cannot be opened, LabelError for a class without a name or no records.
+    One of which the reader dropped some object is not complete. Raises SceneError for an image that cannot be opened,
+    LabelError for a class without a name or no records.
     """
     if not records:
         raise LabelError(f"{root} has no image in the split; name another split")
@@ -108,7 +109,7 @@ def labelled(
         [record.path for record in records],
         sizes,
         _clipped(boxes, named, sizes),
-        [True] * len(records),
+        [not record.dropped for record in records],
         _source(records[0].sensor, things),
     )
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor
@@ -25,6 +25,7 @@ from babelrs_geo.models.conversation import Encoded, collate, encode
 from babelrs_geo.models.dynamic_tiles import TileOptions, cut
 from babelrs_geo.models.pivot import PivotConfig
 from babelrs_geo.training.loading import Batches, begin_work
+from babelrs_geo.training.origin import RunData
 from babelrs_geo.training.pretrain.recipe import PretrainRecipe, ViewPart
 
 _TRIES = 10  # conversations tried for one place, as in the original
@@ -165,7 +166,7 @@ class Join:
         }
 
 
-class CorpusData(LightningDataModule):
+class CorpusData(RunData):
     """Corpora to learn from, shuffled together, and their batches. Raises LabelError."""
 
     def __init__(
@@ -181,6 +182,16 @@ class CorpusData(LightningDataModule):
         self.padding = int(tokenizer.pad_token_id)
         self.pinned = False
         self.batches: Batches | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that is learnt from."""
+        return fingerprint(self.corpora)
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """The corpora, which are learnt from together."""
+        return {"corpora": f"{len(self.conversations)} conversations ({self.fingerprint[:12]})"}
 
     def train_dataloader(self) -> Batches:
         """Batches from the trainer's global step on."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from babelrs_geo.errors import ParameterError
 from babelrs_geo.models.annealing import TAU
@@ -18,10 +18,13 @@ from babelrs_geo.models.conversation import LONGEST, SYSTEM
 from babelrs_geo.models.dynamic_tiles import TileOptions
 from babelrs_geo.models.language import QWEN2_5, LoRA
 from babelrs_geo.models.pivot import PARTS
+from babelrs_geo.models.plain import Count, OneOf, Range, Whole
 from babelrs_geo.training import settings
+from babelrs_geo.training.schedules import Rate
 from babelrs_geo.training.settings import RunPart
 
 FOLDER = Path(__file__).parent / "recipes"
+Decay = Annotated[float, Range(least=0, below=1)]
 GROUPS = ("stem", "encoder", "projector", "tokens", "language")
 """What may have a learning rate of its own: `stem` is the convolutional pyramid of a detector's backbone."""
 
@@ -36,7 +39,7 @@ class EncoderPart:
     """Numbers that differ from the base's, nested as in `ViTConfig` or `AdapterConfig`."""
     start: Literal["imagenet"] | None = None
     """Of the compact one's stem; None: at random."""
-    freeze_stem: int = 0
+    freeze_stem: Whole = 0
     """First stages of an ImageNet-trained stem that are kept as they are."""
 
 
@@ -49,7 +52,7 @@ class LanguagePart:
     architecture: Mapping[str, Any] = field(default_factory=lambda: dict(QWEN2_5))
     tokenizer: str | None = None
     """A folder, where the source brings none."""
-    truncate: int | None = None
+    truncate: Count | None = None
     """Blocks to keep, the first ones; all if None."""
     lora: LoRA | None = None
     """Low-rank updates in place of the model's own weights."""
@@ -67,8 +70,8 @@ class PivotPart:
     language: LanguagePart = field(default_factory=LanguagePart)
     taps: Literal["paper", "original", "last"] = "paper"
     """Layers that are fused: as the paper writes, as the original code has it, or the last alone."""
-    tau: int = TAU
-    freeze: tuple[str, ...] = ()
+    tau: Count = TAU
+    freeze: tuple[Annotated[str, OneOf(PARTS)], ...] = ()
     """Parts that are kept as they are: encoder, projector, tokens, language."""
     checkpoint_gradients: bool = False
     """Less memory for a third more work."""
@@ -78,12 +81,12 @@ class PivotPart:
 class ViewPart:
     """How a conversation becomes tokens and tiles."""
 
-    tile: int = 448
+    tile: Count = 448
     """Side in pixels."""
-    most_tiles: int = 6
+    most_tiles: Count = 6
     """Of an image, or shared by the images of a conversation."""
     thumbnail: bool = True
-    longest: int = LONGEST
+    longest: Count = LONGEST
     """Tokens."""
     system: str | None = SYSTEM
     """Opens conversations that have no system turn; None for none."""
@@ -100,11 +103,11 @@ class AskPart:
 
     tasks: tuple[str, ...] = ("classes", "count", "presence", "sensor")
     """Those with short answers."""
-    most: int = 50
+    most: Count = 50
     """Questions of each sensor and task."""
-    longest: int = 24
+    longest: Count = 24
     """Tokens of an answer."""
-    batch: int = 8
+    batch: Count = 8
     """Questions that are answered at once."""
 
 
@@ -122,25 +125,25 @@ class PretrainRecipe:
     """A run of pretraining."""
 
     name: str
-    steps: int
+    steps: Count
     """Of the optimizer, which is LVSA's clock."""
-    lr: float
-    micro: int = 1
+    lr: Rate
+    micro: Count = 1
     """Conversations that a process computes at once. The loss is the mean over their answers' tokens."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches of a process in a step; their losses count the same."""
-    processes: int | None = None
+    processes: Count | None = None
     """For how many the batch is meant; any if None."""
-    rates: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[Annotated[str, OneOf(GROUPS)], Rate] = field(default_factory=dict)
     """Learning rates of `GROUPS`, where they differ from `lr`."""
-    warmup: float = 0.1
+    warmup: Decay = 0.1
     """Share of the steps over which the rates rise from 0; then they fall as a cosine to 0."""
-    weight_decay: float = 0.01
+    weight_decay: Rate = 0.01
     decay: Literal["all", "matrices"] = "all"
     """Of all parameters as in the original, or not of vectors and biases."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float = 1.0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Annotated[float, Range(above=0)] = 1e-8
+    clip: Annotated[float, Range(above=0)] = 1.0
     """Greatest total norm of the gradient."""
     precision: Literal["32", "bf16"] = "bf16"
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -154,19 +157,6 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         """Raise ParameterError for what cannot work."""
-        for name, value in (("steps", self.steps), ("micro", self.micro), ("accumulate", self.accumulate)):
-            if value < 1:
-                raise ParameterError(f"{name} is {value}; expected 1 or more")
-        if not 0 <= self.warmup < 1:
-            raise ParameterError(f"warmup is {self.warmup}; expected a share of the steps, from 0 to below 1")
-        if unknown := set(self.rates) - set(GROUPS):
-            raise ParameterError(
-                f"rates has {', '.join(sorted(unknown))}; expected some of {', '.join(GROUPS)}"
-            )
-        if unknown := set(self.model.freeze) - set(PARTS):
-            raise ParameterError(
-                f"model.freeze has {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}"
-            )
         if self.strategy == "fsdp" and self.model.language.lora is not None:
             raise ParameterError("model.language.lora and strategy fsdp do not go together; take ddp")
 
@@ -181,6 +171,8 @@ def names() -> list[str]:
     return settings.names(FOLDER)
 
 
-def read(name_or_path: str | Path, changes: Sequence[str] = ()) -> PretrainRecipe:
+def read(
+    name_or_path: str | Path, changes: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> PretrainRecipe:
     """A recipe by name or file, with changes, as `settings.read`. Raises ParameterError."""
-    return settings.read(PretrainRecipe, FOLDER, name_or_path, changes)
+    return settings.read(PretrainRecipe, FOLDER, name_or_path, changes, values)

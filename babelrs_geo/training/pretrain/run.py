@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,23 @@ from babelrs_geo.models import importing, language, zoo
 from babelrs_geo.models.adapter import AdapterConfig
 from babelrs_geo.models.annealing import taps_of
 from babelrs_geo.models.conversation import add_tokens
-from babelrs_geo.models.detector import COMPACT, DetectorConfig, from_plain
+from babelrs_geo.models.detector import COMPACT, DetectorConfig
 from babelrs_geo.models.imagenet import load_efficientnet_lite0
 from babelrs_geo.models.official import INTERNVIT
 from babelrs_geo.models.pivot import PivotConfig, PivotModel, image_token_of
 from babelrs_geo.models.pivot_weights import Origin as PivotOrigin
 from babelrs_geo.models.pivot_weights import load_pivot, save_pivot
+from babelrs_geo.models.plain import from_plain, merged, to_plain
 from babelrs_geo.models.vit import ViTConfig
 from babelrs_geo.training.keeping import LAST, Keeper
 from babelrs_geo.training.measured import Measured
 from babelrs_geo.training.origin import Origin, weights_before
 from babelrs_geo.training.pretrain.answers import Answered, Asker, figures, judge, questions
-from babelrs_geo.training.pretrain.corpora import CorpusData, corpora, fingerprint, joined
+from babelrs_geo.training.pretrain.corpora import CorpusData, corpora, joined
 from babelrs_geo.training.pretrain.module import PivotTraining
 from babelrs_geo.training.pretrain.recipe import EncoderPart, LanguagePart, PivotPart, PretrainRecipe
 from babelrs_geo.training.schedules import freeze_prior
-from babelrs_geo.training.settings import merged, to_plain, write
+from babelrs_geo.training.settings import write
 from babelrs_geo.training.trainer import RECIPE, Course, Place, begin, train
 
 PIVOT, ENCODER, ANSWERS = "pivot.safetensors", "encoder.safetensors", "answers.jsonl"
@@ -57,7 +57,8 @@ def encoder_of(part: EncoderPart) -> ViTConfig | AdapterConfig:
     """The encoder that a recipe asks for. ParameterError for numbers that there are not."""
     base = {"internvit": INTERNVIT, "compact": COMPACT.backbone, "full": AdapterConfig()}[part.base]
     plain = merged(to_plain(base), part.architecture, "model.encoder.architecture")
-    made: ViTConfig | AdapterConfig = from_plain(type(base), plain)
+    kind: type[Any] = type(base)
+    made: ViTConfig | AdapterConfig = from_plain(kind, plain, "model.encoder.architecture")
     return made
 
 
@@ -153,7 +154,6 @@ class PivotKeeper(Keeper):
         self.recipe, self.data, self.asker = recipe, data, asker
         self.asked = questions(joined(corpora(held_out)), recipe.ask) if held_out else []
         self.figures = {}
-        self._learnt = cache(lambda: fingerprint(data.corpora))
         self._before = weights_before(recipe.model.start)
 
     def judge(self, trainer: Trainer, module: Measured, step: int) -> None:
@@ -186,7 +186,7 @@ class PivotKeeper(Keeper):
             "config": write(recipe),
             "steps": step,
             "answers": dict(self.figures),
-            **Origin(self._learnt(), self.spent, self._before).to_dict(),
+            **Origin(self.data.fingerprint, self.spent, self._before).to_dict(),
         }
         return PivotOrigin(recipe.name, recipe.header.licence, training)
 
