@@ -47,6 +47,8 @@ PROTOCOL = Path(__file__).with_suffix(".yaml")
 RECORDS = Path(__file__).parents[1] / "docs" / "pretraining_experiment"
 TOKENIZER = "tokenizer"
 """Folder of it, where the protocol has one made."""
+ASKED = "asked.json"
+"""Which questions are there."""
 POINTS = 100
 """Of a curve in a record."""
 
@@ -87,6 +89,22 @@ def arms(protocol: Mapping[str, Any]) -> list[Arm]:
                 rest = about.get("architecture", {}), about.get("steps")
                 found += [Arm(name, seed, about.get("taps"), group, precision, *rest) for group in groups]
     return found
+
+
+def prepare(protocol: Mapping[str, Any], data: Path, out: Path) -> None:
+    """What is asked and the tokenizer, for all arms. ParameterError where the folder has those of another protocol."""
+    note, asked = out / ASKED, {name: protocol.get(name) for name in ("instruct", "held_out", "tokenizer")}
+    if (json.loads(note.read_text(encoding="utf-8")) if note.exists() else asked) != asked:
+        raise ParameterError(
+            f"{out} has questions of another protocol ({note.name}); name another folder, or remove them and the "
+            "encoders that learnt from them"
+        )
+    write(note, json.dumps(asked) + "\n")
+    for name in ("instruct", "held_out"):
+        if not (out / f"{name}.meta.json").exists():
+            write_corpus([data], out / f"{name}.jsonl", InstructOptions(**protocol[name]))
+    if "tokenizer" in protocol and not (out / TOKENIZER).exists():
+        write_tokenizer(out / "instruct.meta.json", out / TOKENIZER, **protocol["tokenizer"])
 
 
 def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int | None) -> bool:
@@ -344,11 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records = args.records or (args.out / "records" if own else RECORDS)
         records.mkdir(parents=True, exist_ok=True)
         marks = {arm.folder: fingerprint(protocol, arm, args.steps) for arm in every}
-        for name in ("instruct", "held_out"):
-            if not (args.out / f"{name}.meta.json").exists():
-                write_corpus([args.data], args.out / f"{name}.jsonl", InstructOptions(**protocol[name]))
-        if "tokenizer" in protocol and not (args.out / TOKENIZER).exists():
-            write_tokenizer(args.out / "instruct.meta.json", args.out / TOKENIZER, **protocol["tokenizer"])
+        prepare(protocol, args.data, args.out)
         for arm in chosen:
             if arm.folder in recorded(every, records, marks):
                 continue

@@ -96,3 +96,7 @@ def test_a_short_one_runs_arm_by_arm(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "elsewhere" / "C.0").exists() and not capsys.readouterr().out
     with pytest.raises(SystemExit, match="is of another protocol"):
         experiment.main([*elsewhere[:-4], "--steps", "2", "--records", str(out / "records"), "--only", "C.0"])
+    protocol["held_out"] = {**asked, "seed": 7}
+    (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(protocol, sort_keys=False))
+    with pytest.raises(SystemExit, match=r"out has questions of another protocol"):
+        experiment.main([*words, "--records", str(tmp_path / "new"), "--only", "C.0"])
