@@ -11,6 +11,7 @@ traditional GIS order (x or longitude first), whatever the CRS's own axis order 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -183,11 +184,15 @@ class Georef:
         return lon.reshape(x.shape), lat.reshape(x.shape)
 
     def ground_sampling_distance(self, px: float, py: float) -> float | None:
-        """Metres on the ground per pixel at one place, None unless `on_earth`.
+        """Metres on the ground per pixel at one place, None unless `on_earth`: geometric mean of the pixel's sides."""
+        sides = self.pixel_sides(px, py)
+        return None if sides is None else math.sqrt(sides[0] * sides[1])
 
-        Geometric mean of the two pixel axes, each measured as the geodesic across one pixel on the WGS 84
-        ellipsoid, so that a projection whose metres are not true ones (EPSG:3395, EPSG:3857) gives the true
-        answer.
+    def pixel_sides(self, px: float, py: float) -> tuple[float, float] | None:
+        """Metres on the ground across one pixel along x and along y at one place, None unless `on_earth`.
+
+        Geodesics on the WGS 84 ellipsoid, so that a projection whose metres are not true ones (EPSG:3395, EPSG:3857)
+        gives the true answer.
         """
         if not self.on_earth:
             return None
@@ -197,7 +202,7 @@ class Georef:
         if not np.isfinite(lon + lat).all():
             return None
         _, _, metres = _GEOD.inv(lon[[0, 2]], lat[[0, 2]], lon[[1, 3]], lat[[1, 3]])
-        return float(np.sqrt(metres[0] * metres[1]))
+        return float(metres[0]), float(metres[1])
 
     def window(self, rect: tuple[int, int, int, int]) -> Georef:
         """The georeference of a window `(x, y, width, height)`: its pixel (0, 0) is the window's corner."""

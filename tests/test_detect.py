@@ -10,6 +10,7 @@ import geopandas as gpd
 import numpy as np
 import pyproj
 import pytest
+import rasterio
 from affine import Affine
 from rasterio.control import GroundControlPoint
 from shapely.geometry import MultiPolygon, box
@@ -149,6 +150,15 @@ def test_what_no_pixel_could_show_is_not_looked_for(scene, monkeypatch):
     two = BrightHeader(gsd={"sar": (5.0, 20.0)}, classes={"sar": ("bridge", "person")})
     plan = detect_module.plan_for(scene, two, options)
     assert plan.classes == ("bridge",) and plan.caution.startswith("person cannot be seen in pixels of 10 m")
+
+
+@pytest.mark.parametrize(("latitude", "stretched"), [(45, False), (52, True)])
+def test_pixels_that_are_no_squares_on_the_ground_are_warned_of(tmp_path, latitude, stretched):
+    degrees = rasterio.transform.from_origin(20, latitude, 1e-4, 1e-4)
+    path = write_scene(tmp_path / "degrees.tif", canvas(50, 50, []), crs="EPSG:4326", transform=degrees)
+    with bg.open_scene(path, "sar") as scene:
+        caution = detect_module.plan_for(scene, BrightHeader(), bg.DetectOptions(**SMALL)).caution
+    assert caution.startswith("pixels are 6.87 by 11.1 m on the ground") == stretched == bool(caution)
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,8 @@ def test_ground_sampling_distance_is_in_true_metres():
     assert turned.ground_sampling_distance(0, 0) == pytest.approx(
         4.0, rel=1e-3
     )  # the geometric mean of 2 and 8
+    north = Georef.from_affine((1e-5, 0, 20, 0, -1e-5, 65), "EPSG:4326")
+    assert north.pixel_sides(0, 0) == pytest.approx((0.4713, 1.1148), rel=1e-3)
     assert Georef().ground_sampling_distance(0, 0) is None
     assert Georef.from_affine((1, 0, 0, 0, -1, 0)).ground_sampling_distance(0, 0) is None
 

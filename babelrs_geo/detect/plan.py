@@ -27,6 +27,9 @@ PIXELS_TO_SEE = 3.0
 # relied on.
 GSD_WARNING = 4.0
 
+# Objects that are stretched by more than this look like others.
+STRETCH_WARNING = 1.5
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,9 +74,10 @@ def plan_for(scene: Scene, header: Header, options: DetectOptions) -> Plan:
     classes = tuple(name for name in classes if name not in unseen)
     low, high = header.gsd[sensor]
     scale, gsd, caution = _scale(scene.gsd, (low, high), options.gsd)
+    cautions = [caution, _stretched(scene)]
     if unseen:
-        few = f"{concepts.listed(list(unseen))} cannot be seen in pixels of {scene.gsd:.3g} m and is not looked for"
-        caution = f"{caution}; {few}" if caution else few
+        what = concepts.listed(list(unseen))
+        cautions.append(f"{what} cannot be seen in pixels of {scene.gsd:.3g} m and is not looked for")
     passes: list[tuple[Grid, float]] = []
     longest = {name: concepts.longest(name) for name in classes}
     large = tuple(n for n, m in longest.items() if gsd is None or m is None or m > options.overlap * gsd)
@@ -83,8 +87,18 @@ def plan_for(scene: Scene, header: Header, options: DetectOptions) -> Plan:
         height, width = scene.shape_at(scale * share)
         grid = Grid(width=width, height=height, tile=options.tile or header.tile, overlap=options.overlap)
         passes.append((grid, scale * share))
-    return Plan(
-        passes[0][0], scale, gsd, classes, caution, tuple(passes[1:]), large, options.scales[: len(passes)]
+    told, scales = "; ".join(filter(None, cautions)), options.scales[: len(passes)]
+    return Plan(passes[0][0], scale, gsd, classes, told, tuple(passes[1:]), large, scales)
+
+
+def _stretched(scene: Scene) -> str:
+    """Why a scene whose pixels are no squares on the ground, as degrees are in the north, is to be taken with care."""
+    sides = scene.georef.pixel_sides(scene.width / 2, scene.height / 2)
+    if sides is None or max(sides) <= STRETCH_WARNING * min(sides):
+        return ""
+    return (
+        f"pixels are {sides[0]:.3g} by {sides[1]:.3g} m on the ground: objects look stretched and may be missed; "
+        "warp the scene to its UTM zone first (gdalwarp -t_srs)"
     )
 
 
