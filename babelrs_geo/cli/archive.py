@@ -68,6 +68,11 @@ class _Sources:
     asset: str | None
     limit: int | None
 
+    @property
+    def named(self) -> bool:
+        """Whether any are."""
+        return bool(self.source) or self.stac is not None
+
     def find(self, results: Path) -> Callable[[], Iterator[Item]]:
         """What lists the scenes, as often as it is called."""
         if self.stac is None and (self.collection or self.bbox or self.datetime):
@@ -234,8 +239,9 @@ def run_verb(**given: Any) -> int:
     """Find objects in all scenes of SOURCE, one result each, and keep a ledger of them in RESULTS.
 
     SOURCE is a folder, a glob, a manifest (.txt, .csv, .parquet), a STAC ItemCollection (.json), a Sentinel-1 product
-    (.SAFE or .zip) or a scene; several may be given. Without one, what the ledger has planned is done. Ends with 0 when
-    every scene is done, 3 when some failed or are incomplete, 1 on an error, 130 when stopped; run again, it goes on.
+    (.SAFE or .zip) or a scene; several may be given. Without one, what the ledger has planned is done, with the options
+    of the run before. Ends with 0 when every scene is done, 3 when some failed or are incomplete, 1 on an error, 130
+    when stopped; run again, it goes on.
     """
     reading, sources, model, running = split(given, _Reading, _Sources, ModelArguments, _Running)
     if running.quiet and running.as_json:
@@ -247,6 +253,8 @@ def run_verb(**given: Any) -> int:
     from babelrs_geo.archive.run import run
 
     job, parameters = _job(reading, model, running)
+    if not sources.named:
+        _check_goes_on(folder, parameters | {"suffix": options.suffix})
     try:
         with (
             stoppable(),
@@ -302,6 +310,52 @@ def _job(reading: _Reading, model: ModelArguments, running: _Running) -> tuple[D
         "crs": running.crs,
     }
     return job, parameters
+
+
+def _check_goes_on(folder: Path, parameters: dict[str, Any]) -> None:
+    """Refuse a run without SOURCE that has nothing to go on with, or other options than the one before it: all that is
+    done would be stale. ParameterError.
+    """
+    from babelrs_geo.archive.ledger import NAME, Ledger
+    from babelrs_geo.errors import ParameterError
+
+    before = None
+    if planned := (folder / NAME).exists():
+        with Ledger(folder) as ledger:
+            planned, before = sum(ledger.counts().values()) > 0, ledger.setting("run")
+    if not planned:
+        raise ParameterError("nothing to do: pass a SOURCE, or -o of an archive that has a plan")
+    if before is None:  # it ended while it planned
+        return
+    had = _typed(before["parameters"] | {"suffix": before["suffix"]})
+    has = _typed(parameters)
+    other = [_told(name, had.get(name)) for name in had | has if had.get(name) != has.get(name)]
+    if other:
+        raise ParameterError(
+            f"{folder} was run {', '.join(other)}: without a SOURCE run it so again, or pass the SOURCE to do all anew"
+        )
+
+
+def _typed(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What decides results, by the options that say it; those that say nothing are left out."""
+    flat = {**parameters["detect"], **parameters["reading"], "weights": parameters["weights"]}
+    flat |= {"crs": parameters["crs"], "format": parameters["suffix"].lstrip(".")}
+    names = {"limits": "range", "collar": "no-collar"}
+    given = {f"--{names.get(key, key)}": value for key, value in flat.items() if value is not None}
+    return dict(json.loads(json.dumps(given)))  # as the ledger has them
+
+
+def _told(option: str, value: Any) -> str:
+    """An option of another run."""
+    if value is None:
+        return f"without {option}"
+    if option in ("--weights", "--aoi"):  # of which there is a hash
+        return f"with other {option}"
+    if option == "--no-collar":
+        return f"with {option}"
+    several = value if isinstance(value, list) else [value]
+    between = " " if option == "--range" else ","
+    return f"with {option} {between.join(map(str, several))}"
 
 
 def _say(ended: Ended, running: _Running) -> None:
@@ -386,7 +440,14 @@ def retry_verb(results: str, reason: str | None) -> None:
     folder = Path(results)
     with Ledger(folder), locked(folder), Ledger(folder, write=True) as ledger:
         count = ledger.retry(reason)
-    click.echo(f"{count} scenes are planned again: continue with archive run -o {results}")
+    if count:
+        click.echo(
+            f"{count} scenes are planned again: run the same babelrs-geo archive run as before, with the options that "
+            "it had"
+        )
+    else:
+        which = "" if reason is None else f' with "{reason}" in its reason'
+        click.echo(f"No scene is failed or incomplete{which}: nothing is planned again")
 
 
 @archive_group.command("verify")
