@@ -144,9 +144,10 @@ def test_an_interrupted_run_ends_with_130_and_leaves_nothing(harbour, weights, t
     assert [path.name for path in tmp_path.iterdir()] == ["harbour.tif"]
 
 
-@pytest.mark.parametrize("wrong", [["--classes", "shp"], ["--device", "cuda:7"], ["--dask", "none.json"]])
+@pytest.mark.parametrize("wrong", [["--classes", "shp"], ["--device", "cuda:7"], ["--dask", "other.json"]])
 def test_a_wrong_option_does_not_cost_what_an_earlier_run_did(harbour, weights, tmp_path, wrong):
     """Stopped while it was writing, too, a run may go on."""
+    (tmp_path / "other.json").write_text("{}")
     save = detect_module.Found.save
     with pytest.MonkeyPatch.context() as stopped:
         stopped.setattr(detect_module.Found, "save", interrupt)
