@@ -251,6 +251,18 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words):
     assert line.startswith("babelrs-geo: error: ") and words in line and "--help'" in line
 
 
+@pytest.mark.parametrize("verb", ["train", "pretrain"])
+def test_training_without_its_packages_says_how_to_install_them(verb, tmp_path):
+    code = "import sys; sys.modules['lightning'] = None; from babelrs_geo import cli; cli.main()"
+    command = [sys.executable, "-c", code, verb, "--recipe", "compact", "--data", "x", "-o", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "babelrs-geo: error: training needs packages that are not installed (lightning): "
+        f'pip install "babelrs-geo[{verb}]"\n'
+    )
+
+
 def test_help_and_version_need_nothing_heavy():
     command = [sys.executable, "-X", "importtime", "-m", "babelrs_geo"]
     for option, words in (("--help", "detect"), ("--version", __version__)):

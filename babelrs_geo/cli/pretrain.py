@@ -11,7 +11,7 @@ import click
 from babelrs_geo import allocation
 from babelrs_geo.cli.options import Command, apply, split
 from babelrs_geo.cli.progress import duration, progress_bar
-from babelrs_geo.cli.running import RunArguments, run_options, stopped
+from babelrs_geo.cli.running import RunArguments, needing, run_options, stopped
 
 RECIPES = ("compact", "internvl2_5-1b")
 
@@ -31,6 +31,7 @@ def _options(command: Command) -> Command:
 
 @click.command("pretrain")
 @_options
+@needing("pretrain")
 def pretrain_verb(held_out: tuple[str, ...], **given: Any) -> int:
     """Pretrain an encoder by questions and answers about images of every sensor.
 

@@ -11,7 +11,7 @@ import click
 from babelrs_geo import allocation
 from babelrs_geo.cli.options import Command, apply, split
 from babelrs_geo.cli.progress import duration, progress_bar
-from babelrs_geo.cli.running import RunArguments, run_options, stopped
+from babelrs_geo.cli.running import RunArguments, needing, run_options, stopped
 
 RECIPES = ("compact", "soi-det")
 
@@ -24,6 +24,7 @@ def _options(command: Command) -> Command:
 
 @click.command("train")
 @_options
+@needing("train")
 def train_verb(**given: Any) -> int:
     """Train a detector on labelled images of one sensor or more.
 
