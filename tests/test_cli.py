@@ -199,6 +199,8 @@ def test_info_tells_where_detection_would_refuse_and_why(harbour, weights):
     assert result.exit_code == 0
     line = result.stdout.splitlines()[-1]
     assert line.startswith("detection ") and 'not possible: weights "bright" know nothing of ir' in line
+    result = call("info", harbour, "--sensor", "sar", "--aoi", "nofile.gpkg")
+    assert "not possible: nofile.gpkg" in result.stdout.splitlines()[-1]
 
 
 def test_the_bar_shows_tiles_a_second_on_a_terminal_only(monkeypatch):

@@ -378,6 +378,17 @@ def test_the_outlook_counts_valid_tiles_and_measures_time(tmp_path):
     assert cost.seconds == pytest.approx(cost.tiles * cost.seconds_per_tile)
 
 
+def test_the_outlook_is_of_the_area_of_interest_and_refuses_one_as_detect_does(scene, tmp_path):
+    aoi = area_file(tmp_path / "corner.gpkg", 0, 0, 20, 10)
+    options = bg.DetectOptions(**SMALL, aoi=aoi)
+    _, cost = detect_module.outlook(scene, BrightWeights(), options)
+    looked_at = bg.detect(scene, BrightWeights(), options).provenance["tiles"]
+    assert cost.tiles == looked_at["detected"] + looked_at["empty"] == 1
+    far = area_file(tmp_path / "far.gpkg", 200, 200, 300, 300)
+    with pytest.raises(LabelError, match="does not touch harbour"):
+        detect_module.outlook(scene, BrightWeights(), bg.DetectOptions(aoi=far))
+
+
 def test_several_devices_get_weights_each_and_share_the_batches(scene, monkeypatch):
     loaded = []
 

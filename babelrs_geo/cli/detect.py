@@ -182,10 +182,11 @@ def _outlook(scene: Scene, weights: str, options: DetectOptions) -> dict[str, st
     if plan.gsd is not None:
         how = "the scene's own" if plan.scale == 1 else f"resampled {plan.scale:.3g}x"
         size = f"{plan.gsd:.3g} m a pixel, {how}"
+    within = "" if options.aoi is None else " in the area of interest"
     rows = {
         "read at": size,
         "classes": ", ".join(plan.classes),
-        "tiles": f"{plan.tiles} of {plan.grid.tile} px, about {cost.tiles} with valid pixels",
+        "tiles": f"{plan.tiles} of {plan.grid.tile} px, about {cost.tiles} with valid pixels{within}",
         "estimated time": f"{duration(cost.seconds)} ({cost.seconds_per_tile:.2f} s a tile, measured here)",
     }
     return rows | ({"caution": plan.caution} if plan.caution else {})
