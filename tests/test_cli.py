@@ -194,6 +194,23 @@ def test_info_tells_what_how_where_and_how_long(harbour, weights):
     assert json.loads(call("info", harbour, "--sensor", "sar", "--json").stdout)["sensor"] == told["sensor"]
 
 
+@pytest.mark.parametrize(("option", "value"), [("--dem", "nofile.tif"), ("--height", "50")])
+def test_what_is_for_rpcs_is_refused_for_one_scene_without_and_warned_of_among_others(
+    harbour, weights, tmp_path, option, value
+):
+    told = f"{option} is for scenes placed by RPCs, and harbour.tif has an affine: leave it out"
+    for verb in ("detect", "info", "tile"):
+        result = call(
+            verb, harbour, "--sensor", "sar", option, value, *(["-o", "x"] if verb == "tile" else [])
+        )
+        assert (result.exit_code, result.stderr) == (1, f"babelrs-geo: error: {told}\n")
+    write_scene(tmp_path / "plain.tif", canvas(100, 100, SHIPS), crs=None)
+    both = ("tile", harbour, "plain.tif", "--sensor", "sar", option, value, "-o", "x", "--workers", "1")
+    result = call(*both)
+    assert result.exit_code == 0 and f"warning: {told}\n" in result.stderr
+    assert "plain.tif has no georeference: leave it out" in result.stderr
+
+
 def test_info_tells_where_detection_would_refuse_and_why(harbour, weights):
     result = call("info", harbour, "--sensor", "ir")
     assert result.exit_code == 0

@@ -265,7 +265,7 @@ def tile_verb(**given: Any) -> int:
 def _open(given: dict[str, Any], path: str, sensor: str | None, stack: ExitStack) -> Scene:
     """A scene opened as asked, closed with the stack."""
     (arguments,) = split(given | {"scene": path, "sensor": sensor}, SceneArguments)
-    scene: Scene = stack.enter_context(arguments.open())
+    scene: Scene = stack.enter_context(arguments.open(among_others=len(given["scenes"]) > 1))
     return scene
 
 
