@@ -88,7 +88,7 @@ REFUSED = {
     "no tile": (("good.tif", *SAR, "--tile", "0"), ("tile",)),
     "score out of range": (("good.tif", *SAR, "--score", "40"), ("score", "40")),
     "gsd of nothing": (("good.tif", *SAR, "--gsd", "-1"), ("gsd", "-1")),
-    "gsd without georeference": (("unplaced.tif", *SAR, "--gsd", "5"), ("georeference", "native")),
+    "gsd without georeference": (("unplaced.tif", *SAR, "--gsd", "5"), ("georeference", "--gsd native")),
     "no batch": (("good.tif", *SAR, "--batch", "0"), ("batch",)),
     "unknown device": (("good.tif", *SAR, "--device", "gpu"), ('"gpu"', "cuda")),
     "absent device": (("good.tif", *SAR, "--device", "cuda:77"), ("cuda:77", "cpu")),

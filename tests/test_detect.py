@@ -307,8 +307,12 @@ def test_a_crs_that_is_none_or_cannot_show_the_ground_is_refused(scene, tmp_path
     ("given", "words"),
     [
         ({"tile": 0}, "tile is 0"),
-        ({"tile": 640, "overlap": 640}, "overlap"),
-        ({"overlap": -1}, "overlap"),
+        (
+            {"tile": 640, "overlap": 640},
+            "overlap is 640 and tile 640: .*; lower --overlap, or take larger tiles",
+        ),
+        ({"overlap": -1}, "overlap is -1, but must be 0 pixels or more"),
+        ({"scales": (0.25,)}, "pass --gsd"),
         ({"score": 1.5}, "score is 1.5"),
         ({"classes": ()}, "classes is empty"),
         ({"gsd": "fine"}, 'gsd is "fine"'),

@@ -107,7 +107,7 @@ class DetectOptions:
         if self.scales[:1] != (1.0,) or len(set(self.scales)) < len(self.scales) or not self.scales[-1] > 0:
             raise ParameterError(
                 f"scales is {', '.join(f'{scale:g}' for scale in self.scales) or 'empty'}; expected 1 and numbers "
-                "between 0 and 1, each once, such as 1,0.25; to read all coarser or finer, pass gsd"
+                "between 0 and 1, each once, such as 1,0.25; to read all coarser or finer, pass --gsd"
             )
         if self.batch != AUTO and (isinstance(self.batch, str) or self.batch < 1):
             raise ParameterError(f'batch is {self.batch}, expected a whole number of at least 1, or "{AUTO}"')
