@@ -102,10 +102,10 @@ def detect_verb(**given: Any) -> int:
 
     options = model.options()
     path = Path(output.output or f"{_stem(scene_arguments.scene)}_detections.gpkg")
-    vectors.check_target(path, overwrite=output.overwrite)
     with scene_arguments.open() as scene:
         from babelrs_geo.detect import check_crs, detect
 
+        vectors.check_target(path, overwrite=output.overwrite)
         if output.crs is not None:
             check_crs(output.crs, georeferenced=scene.georef.on_earth)
         start = time.perf_counter()
