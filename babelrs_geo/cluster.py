@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from shlex import quote
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -162,7 +163,7 @@ def _address(scheduler: str, patience: float) -> str:
             if time.monotonic() - began > patience:
                 raise ParameterError(
                     f"{scheduler} is not there after {patience:g} s; start dask scheduler --scheduler-file "
-                    f"{scheduler}, or pass an address such as tcp://host:8786"
+                    f"{quote(scheduler)}, or pass an address such as tcp://host:8786"
                 )
             time.sleep(HEEDED)
     try:

@@ -61,6 +61,11 @@ def test_detect_writes_the_default_output_and_says_what_where_and_how_to_open_it
     assert weights.loads == [("compact", "cpu")]
 
 
+def test_the_command_that_opens_the_result_can_be_pasted(harbour, weights):
+    result = call("detect", harbour, "--sensor", "sar", *SMALL, "-o", "my small ships.gpkg")
+    assert result.stdout.endswith("or run: qgis 'my small ships.gpkg'\n")
+
+
 def test_quiet_is_silent_and_json_is_one_document(harbour, weights):
     result = call("detect", harbour, "--sensor", "sar", *SMALL, "--quiet", "-o", "a.geojson")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
@@ -296,7 +301,8 @@ def test_every_option_says_what_it_does():
         assert verb.help
         for option in verb.params:
             assert option.param_type_name == "argument" or option.help, option.name
-        assert call(verb.name, "--help").exit_code == 0
+        shown = call(verb.name, "--help")
+        assert shown.exit_code == 0 and "[default: (" not in shown.stdout
 
 
 def test_the_same_run_gives_the_same_bytes_with_the_clock_fixed(harbour, weights, tmp_path, monkeypatch):

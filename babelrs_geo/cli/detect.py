@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -212,7 +213,7 @@ def _sentence(found: Found, path: Path, seconds: float) -> str:
     looked = tiles["detected"] + tiles["empty"]
     return (
         f"Found {what} in {looked} of {sum(tiles.values())} tiles in {duration(seconds)}.\n"
-        f"Written to {path}: drag it into QGIS, or run: qgis {path}"
+        f"Written to {path}: drag it into QGIS, or run: qgis {quote(str(path))}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -59,6 +60,6 @@ def pretrain_verb(held_out: tuple[str, ...], **given: Any) -> int:
         click.echo(
             f"Pretrained {done.step} steps in {duration(time.perf_counter() - begun)}{right}.\n"
             f"Written to {arguments.output}: babelrs-geo train --recipe compact --data chips -o runs/x --start "
-            f"{arguments.output}/{ENCODER}"
+            f"{quote(f'{arguments.output}/{ENCODER}')}"
         )
     return 0

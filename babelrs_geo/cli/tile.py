@@ -137,8 +137,7 @@ def _chip_options(command: Command) -> Command:
                 "--split",
                 type=Shares(),
                 default=(0.8, 0.1, 0.1),
-                show_default="0.8/0.1/0.1",
-                help="Shares of the ground.",
+                help="Shares of the ground.  [default: 0.8/0.1/0.1]",
             ),
             click.option(
                 "--block",
