@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from babelrs_geo.cli.going_on import check_goes_on
 from babelrs_geo.cli.options import (
     Command,
     Listed,
@@ -254,7 +255,7 @@ def run_verb(**given: Any) -> int:
 
     job, parameters = _job(reading, model, running)
     if not sources.named:
-        _check_goes_on(folder, parameters | {"suffix": options.suffix})
+        check_goes_on(folder, parameters | {"suffix": options.suffix})
     try:
         with (
             stoppable(),
@@ -310,52 +311,6 @@ def _job(reading: _Reading, model: ModelArguments, running: _Running) -> tuple[D
         "crs": running.crs,
     }
     return job, parameters
-
-
-def _check_goes_on(folder: Path, parameters: dict[str, Any]) -> None:
-    """Refuse a run without SOURCE that has nothing to go on with, or other options than the one before it: all that is
-    done would be stale. ParameterError.
-    """
-    from babelrs_geo.archive.ledger import NAME, Ledger
-    from babelrs_geo.errors import ParameterError
-
-    before = None
-    if planned := (folder / NAME).exists():
-        with Ledger(folder) as ledger:
-            planned, before = sum(ledger.counts().values()) > 0, ledger.setting("run")
-    if not planned:
-        raise ParameterError("nothing to do: pass a SOURCE, or -o of an archive that has a plan")
-    if before is None:  # it ended while it planned
-        return
-    had = _typed(before["parameters"] | {"suffix": before["suffix"]})
-    has = _typed(parameters)
-    other = [_told(name, had.get(name)) for name in had | has if had.get(name) != has.get(name)]
-    if other:
-        raise ParameterError(
-            f"{folder} was run {', '.join(other)}: without a SOURCE run it so again, or pass the SOURCE to do all anew"
-        )
-
-
-def _typed(parameters: dict[str, Any]) -> dict[str, Any]:
-    """What decides results, by the options that say it; those that say nothing are left out."""
-    flat = {**parameters["detect"], **parameters["reading"], "weights": parameters["weights"]}
-    flat |= {"crs": parameters["crs"], "format": parameters["suffix"].lstrip(".")}
-    names = {"limits": "range", "collar": "no-collar"}
-    given = {f"--{names.get(key, key)}": value for key, value in flat.items() if value is not None}
-    return dict(json.loads(json.dumps(given)))  # as the ledger has them
-
-
-def _told(option: str, value: Any) -> str:
-    """An option of another run."""
-    if value is None:
-        return f"without {option}"
-    if option in ("--weights", "--aoi"):  # of which there is a hash
-        return f"with other {option}"
-    if option == "--no-collar":
-        return f"with {option}"
-    several = value if isinstance(value, list) else [value]
-    between = " " if option == "--range" else ","
-    return f"with {option} {between.join(map(str, several))}"
 
 
 def _say(ended: Ended, running: _Running) -> None:
