@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from shlex import quote
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -42,7 +44,7 @@ class Workers:
     """A running Dask scheduler, by address (`tcp://host:8786`) or by the file that it wrote (`scheduler.json`); scenes,
     weights and folders are where its workers see them under the same paths."""
     patience: float = 20.0
-    """Seconds to wait for the scheduler to answer."""
+    """Seconds to wait for the scheduler's file, and then for the scheduler to answer."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -120,7 +122,7 @@ def _client(workers: Workers, stack: ExitStack) -> Any:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     if workers.scheduler is not None:
-        address = _address(workers.scheduler)
+        address = _address(workers.scheduler, workers.patience)
         try:
             theirs = Client(address, timeout=workers.patience, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -147,12 +149,25 @@ def _client(workers: Workers, stack: ExitStack) -> Any:
     return client
 
 
-def _address(scheduler: str) -> str:
+def _address(scheduler: str, patience: float) -> str:
     """Of a scheduler, named by it or by its file, for which distributed would wait for ever where it is not there."""
-    if Path(scheduler).suffix != ".json":
+    path = Path(scheduler)
+    if path.suffix != ".json":
         return scheduler
+    began = time.monotonic()
+    with held_back() as answer:
+        while not path.exists() or (
+            path.is_file() and path.stat().st_size == 0
+        ):  # opened, and not written yet
+            answer()
+            if time.monotonic() - began > patience:
+                raise ParameterError(
+                    f"{scheduler} is not there after {patience:g} s; start dask scheduler --scheduler-file "
+                    f"{quote(scheduler)}, or pass an address such as tcp://host:8786"
+                )
+            time.sleep(HEEDED)
     try:
-        return str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"])
+        return str(json.loads(path.read_text(encoding="utf-8"))["address"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ParameterError(
             f"{scheduler} is not what a Dask scheduler writes ({type(error).__name__}: {error}); pass the file of "

@@ -138,10 +138,11 @@ class Radiometry:
             raise SensorError(
                 f"{self.sensor} takes {expected} band(s) with a range each, not bands {self.bands}"
             )
-        if not all(a < b and np.isfinite([a, b]).all() for a, b in zip(self.low, self.high, strict=True)):
-            raise ParameterError(
-                f"limits {self.low} to {self.high} are no range: the first must be below the second"
-            )
+        for low, high in zip(self.low, self.high, strict=True):
+            if not (low < high and np.isfinite([low, high]).all()):
+                raise ParameterError(
+                    f"range is {low:g} to {high:g}, expected two numbers, the first below the second"
+                )
 
     @property
     def is_exact(self) -> bool:
@@ -334,6 +335,9 @@ def infer(about: Bands) -> tuple[Sensor, str]:
     )
 
 
+_SO_MANY = {1: "one", 3: "three"}
+
+
 def choose_bands(
     sensor: Sensor, about: Bands, bands: tuple[int, ...] | None = None, polarisation: str | None = None
 ) -> tuple[int, ...]:
@@ -344,8 +348,10 @@ def choose_bands(
     need = 3 if sensor is Sensor.RGB else 1
     if bands is not None:
         if len(bands) != need or not all(1 <= b <= count for b in bands):
+            given, has = ",".join(map(str, bands)) or "empty", "1 band" if count == 1 else f"{count} bands"
+            fit = ",".join("1" * need) if count == 1 else f"{_SO_MANY[need]} from 1 to {count}"
             raise SensorError(
-                f"bands {bands} were asked of {count}; {sensor} takes {need} number(s) from 1 to {count}"
+                f"bands is {given}, but {about.name} has {has}, and {sensor} takes {_SO_MANY[need]}: pass {fit}"
             )
         return tuple(bands)
     if "palette" in about.interpretations:

@@ -110,10 +110,12 @@ class Grid:
         for name in ("width", "height", "tile"):
             if getattr(self, name) < 1:
                 raise ParameterError(f"{name} is {getattr(self, name)}, but must be at least 1 pixel")
-        if not 0 <= self.overlap < self.tile:
+        if self.overlap < 0:
+            raise ParameterError(f"overlap is {self.overlap}, but must be 0 pixels or more")
+        if self.overlap >= self.tile:
             raise ParameterError(
-                f"overlap is {self.overlap} and tile {self.tile}: the overlap must be at least 0 and smaller "
-                "than the tile; lower --overlap or raise --tile"
+                f"overlap is {self.overlap} and tile {self.tile}: the overlap must be smaller than the tile; lower "
+                "--overlap, or take larger tiles"
             )
 
     @property

@@ -22,9 +22,10 @@ from babelrs_geo.evaluation import without_transformer
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.checkpoints import Header
 from babelrs_geo.models.detector import Detector
+from babelrs_geo.models.plain import from_plain
 from babelrs_geo.training.data import sources
 from babelrs_geo.training.recipe import Recipe
-from babelrs_geo.training.settings import from_plain
+
 from babelrs_geo.training.validation import LEAST_SCORE, Verdict, judge
 
 CARD = Path(__file__).with_name("model_card.md")

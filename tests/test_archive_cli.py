@@ -67,7 +67,12 @@ def test_a_folder_with_a_safe_product_and_a_bad_file_from_run_to_retry(tmp_path,
     assert fault["source"].endswith("s000.tif") and "cannot be read" in fault["fault"]
     assert json.loads(verified.stdout)["strays"] == ["results/stray.parquet"]
 
-    assert call("archive", "retry", out).stdout.startswith("1 scenes are planned again")
+    none = call("archive", "retry", out, "--reason", "tide")
+    assert (
+        none.stdout
+        == 'No scene is failed or incomplete with "tide" in its reason: nothing is planned again\n'
+    )
+    assert call("archive", "retry", out).stdout.startswith("1 scenes are planned again: run the same ")
     (tmp_path / "in" / "bad.tif").unlink()
     with Ledger(out) as ledger:
         assert ledger.counts()["planned"] == 2
@@ -97,6 +102,39 @@ def test_what_cannot_be_done_is_told_in_one_line(arguments, code, words, tmp_pat
     assert result.exit_code == code
     (line,) = result.stderr.splitlines()
     assert line.startswith("babelrs-geo: error: ") and words in line
+
+
+def test_without_a_source_a_run_goes_on_with_the_options_that_it_had(tmp_path, weights):
+    make_archive(tmp_path / "in", 1)
+    (tmp_path / "in" / "bad.tif").write_text("no raster")
+    out = tmp_path / "out"
+    had = ["--sensor", "sar", "--weights", weights, "--range", 0, 200, "--overlap", 16, "--no-collar"]
+    assert call("archive", "run", tmp_path / "in", "-o", out, *had, "--format", "parquet").exit_code == 3
+    assert call("archive", "retry", out).exit_code == 0
+    for other, told in [
+        (
+            [],
+            "with other --weights, with --sensor sar, with --range 0.0 200.0, with --overlap 16, with --no-collar, "
+            "with --format parquet",
+        ),
+        ([*had, "--format", "parquet", "--crs", "EPSG:4326"], "was run without --crs: "),
+    ]:
+        refused = call("archive", "run", "-o", out, *other)
+        (line,) = refused.stderr.splitlines()
+        assert refused.exit_code == 1 and f"{out} was run " in line, line
+        assert all(part in line for part in told.split(", "))
+    again = call("archive", "run", "-o", out, *had, "--format", "parquet", "--json")
+    assert again.exit_code == 3, again.stderr
+    assert json.loads(again.stdout)["states"]["done"] == 1 and json.loads(again.stdout)["worked"] == 1
+
+
+def test_a_run_without_source_and_plan_writes_nothing(tmp_path):
+    result = call("archive", "run", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "babelrs-geo: error: nothing to do: pass a SOURCE, or -o of an archive that has a plan\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_retry_waits_for_a_run_to_end(tmp_path):

@@ -67,7 +67,7 @@ SAR = ("--sensor", "sar")
 
 REFUSED = {
     "missing file": (("nowhere.tif", *SAR), ("nowhere.tif",)),
-    "a folder": (("folder.gpkg", *SAR), ("folder.gpkg",)),
+    "a folder": (("folder.gpkg", *SAR), ("folder.gpkg is a folder: ", "archive run folder.gpkg -o RESULTS")),
     "not a raster": (("text.tif", *SAR), ("text.tif",)),
     "an empty file": (("empty.tif", *SAR), ("empty.tif",)),
     "truncated": (("cut.tif", *SAR), ("cut.tif",)),
@@ -88,7 +88,7 @@ REFUSED = {
     "no tile": (("good.tif", *SAR, "--tile", "0"), ("tile",)),
     "score out of range": (("good.tif", *SAR, "--score", "40"), ("score", "40")),
     "gsd of nothing": (("good.tif", *SAR, "--gsd", "-1"), ("gsd", "-1")),
-    "gsd without georeference": (("unplaced.tif", *SAR, "--gsd", "5"), ("georeference", "native")),
+    "gsd without georeference": (("unplaced.tif", *SAR, "--gsd", "5"), ("georeference", "--gsd native")),
     "no batch": (("good.tif", *SAR, "--batch", "0"), ("batch",)),
     "unknown device": (("good.tif", *SAR, "--device", "gpu"), ('"gpu"', "cuda")),
     "absent device": (("good.tif", *SAR, "--device", "cuda:77"), ("cuda:77", "cpu")),
@@ -98,6 +98,7 @@ REFUSED = {
     "area not vectors": (("good.tif", *SAR, "--aoi", "words.gpkg"), ("words.gpkg",)),
     "area of points": (("good.tif", *SAR, "--aoi", "point.geojson"), ("point.geojson", "polygon")),
     "area elsewhere": (("good.tif", *SAR, "--aoi", "far.geojson"), ("far.geojson", "good")),
+    "missing file of an output's name": (("no/exists.tif", *SAR, "-o", "exists.gpkg"), ("no/exists.tif does not",)),
     "output exists": (("good.tif", *SAR, "-o", "exists.gpkg"), ("exists.gpkg", "--overwrite")),
     "output is a folder": (("good.tif", *SAR, "-o", "folder.gpkg"), ("folder.gpkg",)),
     "output nowhere": (("good.tif", *SAR, "-o", "no/such/out.gpkg"), ("no/such",)),

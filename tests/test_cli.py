@@ -61,6 +61,11 @@ def test_detect_writes_the_default_output_and_says_what_where_and_how_to_open_it
     assert weights.loads == [("compact", "cpu")]
 
 
+def test_the_command_that_opens_the_result_can_be_pasted(harbour, weights):
+    result = call("detect", harbour, "--sensor", "sar", *SMALL, "-o", "my small ships.gpkg")
+    assert result.stdout.endswith("or run: qgis 'my small ships.gpkg'\n")
+
+
 def test_quiet_is_silent_and_json_is_one_document(harbour, weights):
     result = call("detect", harbour, "--sensor", "sar", *SMALL, "--quiet", "-o", "a.geojson")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
@@ -144,9 +149,10 @@ def test_an_interrupted_run_ends_with_130_and_leaves_nothing(harbour, weights, t
     assert [path.name for path in tmp_path.iterdir()] == ["harbour.tif"]
 
 
-@pytest.mark.parametrize("wrong", [["--classes", "shp"], ["--device", "cuda:7"], ["--dask", "none.json"]])
+@pytest.mark.parametrize("wrong", [["--classes", "shp"], ["--device", "cuda:7"], ["--dask", "other.json"]])
 def test_a_wrong_option_does_not_cost_what_an_earlier_run_did(harbour, weights, tmp_path, wrong):
     """Stopped while it was writing, too, a run may go on."""
+    (tmp_path / "other.json").write_text("{}")
     save = detect_module.Found.save
     with pytest.MonkeyPatch.context() as stopped:
         stopped.setattr(detect_module.Found, "save", interrupt)
@@ -193,11 +199,30 @@ def test_info_tells_what_how_where_and_how_long(harbour, weights):
     assert json.loads(call("info", harbour, "--sensor", "sar", "--json").stdout)["sensor"] == told["sensor"]
 
 
+@pytest.mark.parametrize(("option", "value"), [("--dem", "nofile.tif"), ("--height", "50")])
+def test_what_is_for_rpcs_is_refused_for_one_scene_without_and_warned_of_among_others(
+    harbour, weights, tmp_path, option, value
+):
+    told = f"{option} is for scenes placed by RPCs, and harbour.tif has an affine: leave it out"
+    for verb in ("detect", "info", "tile"):
+        result = call(
+            verb, harbour, "--sensor", "sar", option, value, *(["-o", "x"] if verb == "tile" else [])
+        )
+        assert (result.exit_code, result.stderr) == (1, f"babelrs-geo: error: {told}\n")
+    write_scene(tmp_path / "plain.tif", canvas(100, 100, SHIPS), crs=None)
+    both = ("tile", harbour, "plain.tif", "--sensor", "sar", option, value, "-o", "x", "--workers", "1")
+    result = call(*both)
+    assert result.exit_code == 0 and f"warning: {told}\n" in result.stderr
+    assert "plain.tif has no georeference: leave it out" in result.stderr
+
+
 def test_info_tells_where_detection_would_refuse_and_why(harbour, weights):
     result = call("info", harbour, "--sensor", "ir")
     assert result.exit_code == 0
     line = result.stdout.splitlines()[-1]
     assert line.startswith("detection ") and 'not possible: weights "bright" know nothing of ir' in line
+    result = call("info", harbour, "--sensor", "sar", "--aoi", "nofile.gpkg")
+    assert "not possible: nofile.gpkg" in result.stdout.splitlines()[-1]
 
 
 def test_the_bar_shows_tiles_a_second_on_a_terminal_only(monkeypatch):
@@ -250,6 +275,18 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words):
     assert line.startswith("babelrs-geo: error: ") and words in line and "--help'" in line
 
 
+@pytest.mark.parametrize("verb", ["train", "pretrain"])
+def test_training_without_its_packages_says_how_to_install_them(verb, tmp_path):
+    code = "import sys; sys.modules['lightning'] = None; from babelrs_geo import cli; cli.main()"
+    command = [sys.executable, "-c", code, verb, "--recipe", "compact", "--data", "x", "-o", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "babelrs-geo: error: training needs packages that are not installed (lightning): "
+        f'pip install "babelrs-geo[{verb}]"\n'
+    )
+
+
 def test_help_and_version_need_nothing_heavy():
     command = [sys.executable, "-X", "importtime", "-m", "babelrs_geo"]
     for option, words in (("--help", "detect"), ("--version", __version__)):
@@ -264,7 +301,8 @@ def test_every_option_says_what_it_does():
         assert verb.help
         for option in verb.params:
             assert option.param_type_name == "argument" or option.help, option.name
-        assert call(verb.name, "--help").exit_code == 0
+        shown = call(verb.name, "--help")
+        assert shown.exit_code == 0 and "[default: (" not in " ".join(shown.stdout.split())
 
 
 def test_the_same_run_gives_the_same_bytes_with_the_clock_fixed(harbour, weights, tmp_path, monkeypatch):

@@ -104,6 +104,9 @@ def test_info_tells_the_bundled_weights_figures_and_terms(folder: Path) -> None:
         "tiles of 640 px",
     ):
         assert words in text
+    assert len(text.splitlines()) < 40 and "phases" not in text
+    assert text.splitlines()[-1] == "recipe              --json shows it (before, config)"
+    assert "phases" in json.loads(told("weights", "info", "compact", "--json"))["training"]["config"]
 
 
 def test_what_cannot_be_done_is_said_in_one_line(folder: Path) -> None:

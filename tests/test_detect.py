@@ -317,8 +317,12 @@ def test_a_crs_that_is_none_or_cannot_show_the_ground_is_refused(scene, tmp_path
     ("given", "words"),
     [
         ({"tile": 0}, "tile is 0"),
-        ({"tile": 640, "overlap": 640}, "overlap"),
-        ({"overlap": -1}, "overlap"),
+        (
+            {"tile": 640, "overlap": 640},
+            "overlap is 640 and tile 640: .*; lower --overlap, or take larger tiles",
+        ),
+        ({"overlap": -1}, "overlap is -1, but must be 0 pixels or more"),
+        ({"scales": (0.25,)}, "pass --gsd"),
         ({"score": 1.5}, "score is 1.5"),
         ({"classes": ()}, "classes is empty"),
         ({"gsd": "fine"}, 'gsd is "fine"'),
@@ -386,6 +390,17 @@ def test_the_outlook_counts_valid_tiles_and_measures_time(tmp_path):
         plan, cost = detect_module.outlook(scene, BrightWeights(), bg.DetectOptions(**SMALL))
     assert len(plan.grid) == 9 and 4 <= cost.tiles <= 5
     assert cost.seconds == pytest.approx(cost.tiles * cost.seconds_per_tile)
+
+
+def test_the_outlook_is_of_the_area_of_interest_and_refuses_one_as_detect_does(scene, tmp_path):
+    aoi = area_file(tmp_path / "corner.gpkg", 0, 0, 20, 10)
+    options = bg.DetectOptions(**SMALL, aoi=aoi)
+    _, cost = detect_module.outlook(scene, BrightWeights(), options)
+    looked_at = bg.detect(scene, BrightWeights(), options).provenance["tiles"]
+    assert cost.tiles == looked_at["detected"] + looked_at["empty"] == 1
+    far = area_file(tmp_path / "far.gpkg", 200, 200, 300, 300)
+    with pytest.raises(LabelError, match="does not touch harbour"):
+        detect_module.outlook(scene, BrightWeights(), bg.DetectOptions(aoi=far))
 
 
 def test_several_devices_get_weights_each_and_share_the_batches(scene, monkeypatch):

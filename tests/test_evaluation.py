@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import warnings
 from pathlib import Path
@@ -140,6 +141,22 @@ def test_images_without_labels_count_unless_they_are_left_out(tmp_path):
     for background, count in ((True, 2), (False, 1)):
         options = DataOptions(split="train", sensors=("rgb",), background=background)
         assert len(find_frames(tmp_path, header(), options)[0]["rgb"]) == count
+
+
+def test_a_split_without_an_object_is_told_before_anything_runs(chips, weights, tmp_path):
+    folder = tmp_path / "chips"
+    shutil.copytree(chips, folder)
+    index, labels = (gpd.read_parquet(folder / f"{name}.parquet") for name in ("index", "labels"))
+    index.loc[0, "split"] = "test"
+    index.to_parquet(folder / "index.parquet")
+    labels[labels["chip"] != index.loc[0, "chip"]].to_parquet(folder / "labels.parquet")
+    assert find_frames(folder, header())[0]["sar"].objects == 1
+    result = call("--weights", weights, "--data", folder, "--split", "test", "-o", tmp_path / "report")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "babelrs-geo: error: nothing to count: no labelled object in split test; choose another --split\n",
+    )
+    assert not (tmp_path / "report").exists()
 
 
 def test_splits_may_differ_by_sensor(soi):

@@ -236,6 +236,24 @@ def test_bands_that_do_not_fit_are_refused_in_one_line(sensor, about, options):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("sensor", "colours", "asked", "told"),
+    [
+        (Sensor.SAR, ("gray",), (4,), "bands is 4, but x.tif has 1 band, and sar takes one: pass 1"),
+        (
+            Sensor.RGB,
+            RGB,
+            (4, 2),
+            "bands is 4,2, but x.tif has 3 bands, and rgb takes three: pass three from 1 to 3",
+        ),
+    ],
+)
+def test_bands_that_are_not_there_are_told_with_those_that_are(sensor, colours, asked, told):
+    with pytest.raises(SensorError) as caught:
+        choose_bands(sensor, bands("uint8", colours, name="x.tif"), asked)
+    assert str(caught.value) == told
+
+
 DB, POWER, NUMBERS = (
     RNG.normal(-15, 5, (1, 500)),
     RNG.exponential(0.05, (1, 500)),
@@ -297,6 +315,13 @@ def test_a_radiometry_that_makes_no_sense_cannot_be_built(wrong):
     fields = {"sensor": Sensor.SAR, "kind": "db", "bands": (1,), "low": (0.0,), "high": (1.0,)}
     with pytest.raises((ParameterError, SensorError)):
         Radiometry(**{**fields, **wrong})
+
+
+def test_a_range_the_wrong_way_round_is_told_as_it_was_given():
+    with pytest.raises(
+        ParameterError, match="range is 5 to 1, expected two numbers, the first below the second"
+    ):
+        Radiometry(sensor=Sensor.SAR, kind="db", bands=(1,), low=(5.0,), high=(1.0,))
 
 
 def test_an_unknown_sensor_is_told_the_known_ones():

@@ -125,8 +125,8 @@ def test_what_detect_writes_is_a_labels_file(folder):
         (["good.tif", "--workers", "0"], "workers is 0"),
         (["good.tif", "--dask", "nonsense"], "no Dask scheduler answers at nonsense"),
         (
-            ["good.tif", "--dask", "none.json"],
-            "none.json is not what a Dask scheduler writes (FileNotFoundError",
+            ["good.tif", "--dask", "coco.json"],
+            "coco.json is not what a Dask scheduler writes (KeyError",
         ),
         (["good.tif", "-o", "good.tif"], "good.tif is a file"),
         (["good.tif", "-o", "."], "is not empty and no chip folder"),

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -391,6 +392,31 @@ def test_local_processes_end_with_the_one_that_started_them(tmp_path):
     while any(map(runs, workers)) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(map(runs, workers))
+
+
+def test_a_schedulers_file_is_waited_for_and_an_interrupt_meanwhile_is_answered(tmp_path):
+    """A batch job starts the scheduler and what connects to it at once."""
+    path = tmp_path / "scheduler.json"
+
+    def refused(patience, told):
+        with (
+            pytest.raises(ParameterError, match=told),
+            connect(Workers(scheduler=str(path), patience=patience)),
+        ):
+            pass
+
+    refused(0.1, r"scheduler\.json is not there after 0\.1 s; start dask scheduler --scheduler-file ")
+    path.touch()
+    writer = threading.Timer(0.2, path.write_text, ['{"address": "tcp://127.0.0.1:9"}'])
+    writer.start()
+    refused(1, r"no Dask scheduler answers at .*scheduler\.json")
+    writer.join()
+    path.write_text("{}")
+    refused(60, r"is not what a Dask scheduler writes \(KeyError")
+    path.unlink()
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt), held_back(), connect(Workers(scheduler=str(path), patience=60)):
+        pass
 
 
 def test_a_process_that_its_nanny_has_given_up_is_replaced(monkeypatch):

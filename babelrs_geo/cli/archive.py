@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from babelrs_geo.cli.going_on import check_goes_on
 from babelrs_geo.cli.options import (
     Command,
     Listed,
@@ -67,6 +68,11 @@ class _Sources:
     datetime: str | None
     asset: str | None
     limit: int | None
+
+    @property
+    def named(self) -> bool:
+        """Whether any are."""
+        return bool(self.source) or self.stac is not None
 
     def find(self, results: Path) -> Callable[[], Iterator[Item]]:
         """What lists the scenes, as often as it is called."""
@@ -234,8 +240,9 @@ def run_verb(**given: Any) -> int:
     """Find objects in all scenes of SOURCE, one result each, and keep a ledger of them in RESULTS.
 
     SOURCE is a folder, a glob, a manifest (.txt, .csv, .parquet), a STAC ItemCollection (.json), a Sentinel-1 product
-    (.SAFE or .zip) or a scene; several may be given. Without one, what the ledger has planned is done. Ends with 0 when
-    every scene is done, 3 when some failed or are incomplete, 1 on an error, 130 when stopped; run again, it goes on.
+    (.SAFE or .zip) or a scene; several may be given. Without one, what the ledger has planned is done, with the options
+    of the run before. Ends with 0 when every scene is done, 3 when some failed or are incomplete, 1 on an error, 130
+    when stopped; run again, it goes on.
     """
     reading, sources, model, running = split(given, _Reading, _Sources, ModelArguments, _Running)
     if running.quiet and running.as_json:
@@ -247,6 +254,8 @@ def run_verb(**given: Any) -> int:
     from babelrs_geo.archive.run import run
 
     job, parameters = _job(reading, model, running)
+    if not sources.named:
+        check_goes_on(folder, parameters | {"suffix": options.suffix})
     try:
         with (
             stoppable(),
@@ -386,7 +395,14 @@ def retry_verb(results: str, reason: str | None) -> None:
     folder = Path(results)
     with Ledger(folder), locked(folder), Ledger(folder, write=True) as ledger:
         count = ledger.retry(reason)
-    click.echo(f"{count} scenes are planned again: continue with archive run -o {results}")
+    if count:
+        click.echo(
+            f"{count} scenes are planned again: run the same babelrs-geo archive run as before, with the options that "
+            "it had"
+        )
+    else:
+        which = "" if reason is None else f' with "{reason}" in its reason'
+        click.echo(f"No scene is failed or incomplete{which}: nothing is planned again")
 
 
 @archive_group.command("verify")

@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -102,10 +103,10 @@ def detect_verb(**given: Any) -> int:
 
     options = model.options()
     path = Path(output.output or f"{_stem(scene_arguments.scene)}_detections.gpkg")
-    vectors.check_target(path, overwrite=output.overwrite)
     with scene_arguments.open() as scene:
         from babelrs_geo.detect import check_crs, detect
 
+        vectors.check_target(path, overwrite=output.overwrite)
         if output.crs is not None:
             check_crs(output.crs, georeferenced=scene.georef.on_earth)
         start = time.perf_counter()
@@ -182,10 +183,11 @@ def _outlook(scene: Scene, weights: str, options: DetectOptions) -> dict[str, st
     if plan.gsd is not None:
         how = "the scene's own" if plan.scale == 1 else f"resampled {plan.scale:.3g}x"
         size = f"{plan.gsd:.3g} m a pixel, {how}"
+    within = "" if options.aoi is None else " in the area of interest"
     rows = {
         "read at": size,
         "classes": ", ".join(plan.classes),
-        "tiles": f"{plan.tiles} of {plan.grid.tile} px, about {cost.tiles} with valid pixels",
+        "tiles": f"{plan.tiles} of {plan.grid.tile} px, about {cost.tiles} with valid pixels{within}",
         "estimated time": f"{duration(cost.seconds)} ({cost.seconds_per_tile:.2f} s a tile, measured here)",
     }
     return rows | ({"caution": plan.caution} if plan.caution else {})
@@ -211,7 +213,7 @@ def _sentence(found: Found, path: Path, seconds: float) -> str:
     looked = tiles["detected"] + tiles["empty"]
     return (
         f"Found {what} in {looked} of {sum(tiles.values())} tiles in {duration(seconds)}.\n"
-        f"Written to {path}: drag it into QGIS, or run: qgis {path}"
+        f"Written to {path}: drag it into QGIS, or run: qgis {quote(str(path))}"
     )
 
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from babelrs_geo.cli.program import tell
+from babelrs_geo.errors import ParameterError
+
 if TYPE_CHECKING:
     from babelrs_geo.detect import DetectOptions
     from babelrs_geo.scenes import Scene
@@ -26,6 +29,8 @@ UNITS = (
 )
 
 SENSORS = ("sar", "ir", "rgb")
+
+_PLACED = {"affine": "an affine", "gcps": "control points", "none": "no georeference"}
 
 Command = Callable[..., Any]
 
@@ -127,8 +132,10 @@ class SceneArguments:
     height: float | None
     dem: str | None
 
-    def open(self) -> Scene:
-        """The scene; the caller closes it."""
+    def open(self, *, among_others: bool = False) -> Scene:
+        """The scene; the caller closes it. What does not apply to it is refused by ParameterError, and only warned of
+        where it may be meant for others that are opened the same.
+        """
         from babelrs_geo.scenes import SceneOptions, open_scene
 
         options = SceneOptions(
@@ -140,7 +147,19 @@ class SceneArguments:
             height=self.height,
             dem=self.dem,
         )
-        return open_scene(self.scene, self.sensor, options)
+        scene = open_scene(self.scene, self.sensor, options)
+        kind = scene.georef.kind
+        for option, value in (("--height", self.height), ("--dem", self.dem)):
+            if value is None or kind == "rpcs":
+                continue
+            told = (
+                f"{option} is for scenes placed by RPCs, and {scene.name} has {_PLACED[kind]}: leave it out"
+            )
+            if not among_others:
+                scene.close()
+                raise ParameterError(told)
+            tell("warning", told)
+        return scene
 
 
 @dataclass(frozen=True, kw_only=True)

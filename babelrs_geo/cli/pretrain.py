@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -11,7 +12,7 @@ import click
 from babelrs_geo import allocation
 from babelrs_geo.cli.options import Command, apply, split
 from babelrs_geo.cli.progress import duration, progress_bar
-from babelrs_geo.cli.running import RunArguments, run_options, stopped
+from babelrs_geo.cli.running import RunArguments, needing, run_options, stopped
 
 RECIPES = ("compact", "internvl2_5-1b")
 
@@ -31,6 +32,7 @@ def _options(command: Command) -> Command:
 
 @click.command("pretrain")
 @_options
+@needing("pretrain")
 def pretrain_verb(held_out: tuple[str, ...], **given: Any) -> int:
     """Pretrain an encoder by questions and answers about images of every sensor.
 
@@ -58,6 +60,6 @@ def pretrain_verb(held_out: tuple[str, ...], **given: Any) -> int:
         click.echo(
             f"Pretrained {done.step} steps in {duration(time.perf_counter() - begun)}{right}.\n"
             f"Written to {arguments.output}: babelrs-geo train --recipe compact --data chips -o runs/x --start "
-            f"{arguments.output}/{ENCODER}"
+            f"{quote(f'{arguments.output}/{ENCODER}')}"
         )
     return 0

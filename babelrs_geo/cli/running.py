@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 
 from babelrs_geo.cli.options import Command
 from babelrs_geo.cli.program import EXIT_INTERRUPTED, tell
+from babelrs_geo.errors import ParameterError
 
 if TYPE_CHECKING:
     from babelrs_geo.training.trainer import Place
@@ -59,6 +61,20 @@ class RunArguments:
             resume=self.resume == "auto",
             progress=progress,
         )
+
+
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Say how to install what the block imports and is not there. Raises ParameterError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "babelrs_geo"):
+            raise
+        raise ParameterError(
+            f'training needs packages that are not installed ({missing}): pip install "babelrs-geo[{extra}]"'
+        ) from error
 
 
 def stopped(step: int) -> int:

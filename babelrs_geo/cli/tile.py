@@ -137,8 +137,7 @@ def _chip_options(command: Command) -> Command:
                 "--split",
                 type=Shares(),
                 default=(0.8, 0.1, 0.1),
-                show_default="0.8/0.1/0.1",
-                help="Shares of the ground.",
+                help="Shares of the ground.  [default: 0.8/0.1/0.1]",
             ),
             click.option(
                 "--block",
@@ -265,7 +264,7 @@ def tile_verb(**given: Any) -> int:
 def _open(given: dict[str, Any], path: str, sensor: str | None, stack: ExitStack) -> Scene:
     """A scene opened as asked, closed with the stack."""
     (arguments,) = split(given | {"scene": path, "sensor": sensor}, SceneArguments)
-    scene: Scene = stack.enter_context(arguments.open())
+    scene: Scene = stack.enter_context(arguments.open(among_others=len(given["scenes"]) > 1))
     return scene
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -11,7 +12,7 @@ import click
 from babelrs_geo import allocation
 from babelrs_geo.cli.options import Command, apply, split
 from babelrs_geo.cli.progress import duration, progress_bar
-from babelrs_geo.cli.running import RunArguments, run_options, stopped
+from babelrs_geo.cli.running import RunArguments, needing, run_options, stopped
 
 RECIPES = ("compact", "soi-det")
 
@@ -24,6 +25,7 @@ def _options(command: Command) -> Command:
 
 @click.command("train")
 @_options
+@needing("train")
 def train_verb(**given: Any) -> int:
     """Train a detector on labelled images of one sensor or more.
 
@@ -44,9 +46,10 @@ def train_verb(**given: Any) -> int:
     if done.stopped:
         return stopped(done.step)
     if not arguments.hidden:
+        best = quote(f"{arguments.output}/best.safetensors")
         click.echo(
             f"Trained {done.step} steps in {duration(time.perf_counter() - begun)}: H-mAP {done.best:.3f} after step "
             f"{done.best_step}, {done.final or 0.0:.3f} at the end.\n"
-            f"Written to {arguments.output}: babelrs-geo detect scene.tif --weights {arguments.output}/best.safetensors"
+            f"Written to {arguments.output}: babelrs-geo detect scene.tif --weights {best}"
         )
     return 0

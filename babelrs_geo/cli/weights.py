@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,7 +46,7 @@ def import_verb(
     if done.kind == "detector":
         told = done.path if output else done.header.name
         click.echo(
-            f"Written to {done.path}: babelrs-geo detect scene.tif --sensor sar --weights {told}\n"
+            f"Written to {done.path}: babelrs-geo detect scene.tif --sensor sar --weights {quote(str(told))}\n"
             "Thresholds and ground sampling are plain assumptions (see weights info): adjust with --score and --gsd"
         )
     else:
@@ -162,9 +163,11 @@ def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
             rows += [(f"{sensor} AP50", _figure(figures, "ap50")), (f"{sensor} mAP", _figure(figures, "map"))]
     if "sensors" in told and not told["metrics"]:
         rows += [("metrics", "none in the file")]
-    for key, value in {**told.get("architecture", {}), **told["training"]}.items():
-        rows += [(key, value if isinstance(value, str) else json.dumps(value))]
-    return rows
+    more = {**told.get("architecture", {}), **told["training"]}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in more.items()}
+    recipes = [key for key, text in texts.items() if "\n" in text or r"\n" in text]
+    rows += [(key, text) for key, text in texts.items() if key not in recipes]
+    return rows + ([("recipe", f"--json shows it ({', '.join(recipes)})")] if recipes else [])
 
 
 def _figure(figures: dict[str, Any], name: str) -> str:

@@ -107,7 +107,7 @@ class DetectOptions:
         if self.scales[:1] != (1.0,) or len(set(self.scales)) < len(self.scales) or not self.scales[-1] > 0:
             raise ParameterError(
                 f"scales is {', '.join(f'{scale:g}' for scale in self.scales) or 'empty'}; expected 1 and numbers "
-                "between 0 and 1, each once, such as 1,0.25; to read all coarser or finer, pass gsd"
+                "between 0 and 1, each once, such as 1,0.25; to read all coarser or finer, pass --gsd"
             )
         if self.batch != AUTO and (isinstance(self.batch, str) or self.batch < 1):
             raise ParameterError(f'batch is {self.batch}, expected a whole number of at least 1, or "{AUTO}"')
@@ -120,7 +120,7 @@ class Outlook:
     """What a run would cost on this machine."""
 
     tiles: int
-    """Tiles of the grid that are expected to hold valid pixels."""
+    """Tiles of all passes, in the area of interest, that are expected to hold valid pixels."""
     seconds_per_tile: float
     """Measured on one batch in the middle of the scene."""
 
@@ -318,14 +318,17 @@ def outlook(
     scene: Scene, weights: str | os.PathLike[str] | Weights, options: DetectOptions
 ) -> tuple[Plan, Outlook]:
     """The plan for a scene and what it would cost here, measured on one batch. Raises as `detect` does."""
+    from babelrs_geo.inference import groups_of
+
+    area = None if options.aoi is None else area_of(scene, options.aoi)
     loaded, _ = load_weights(weights, options.device)
     plan = plan_for(scene, loaded[0].header, options)
     detector = loaded[0].detector(scene.sensor, options.score, plan.classes)
     look = _look(scene, plan, _first_batch(scene, loaded, plan, options))
     with torch_threads(options.threads):
         seconds = look.seconds_per_tile(detector)
-    tiles = max(1, round(plan.tiles * scene.valid_share))
-    return plan, Outlook(tiles, seconds / len(loaded))
+    asked = sum(len(group.tiles) for group in groups_of(look, area))
+    return plan, Outlook(max(1, round(asked * scene.valid_share)), seconds / len(loaded))
 
 
 def check_crs(crs: str, *, georeferenced: bool) -> Any:

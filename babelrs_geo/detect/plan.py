@@ -113,7 +113,7 @@ def _scale(
         if isinstance(asked, int | float):
             raise ParameterError(
                 f"the scene has no georeference on Earth, so its pixels have no size in metres and it cannot be "
-                f'read at {asked:g} m: pass gsd "{NATIVE}" or leave it out'
+                f"read at {asked:g} m: pass --gsd {NATIVE} or leave it out"
             )
         return 1.0, None, ""
     target = native

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,8 @@ class Frames:
     """Objects by class that are labelled, but of a class the detector does not know: they are not judged."""
     unlabelled: tuple[str, ...] = ()
     """Classes that the detector knows and nobody labelled: what it finds of them is not judged."""
+    objects: int | None = None
+    """Labelled objects that are judged; None where nobody counted."""
 
     def __len__(self) -> int:
         return self.count
@@ -99,8 +101,8 @@ def find_frames(
 
     `data` is a folder in SOI-Det's layout or one of chips. Only classes that both sides know are judged.
 
-    Raises LabelError where there is neither, a split is missing, or no class is shared; WeightsError where the
-    weights lack a sensor that was asked for.
+    Raises LabelError where there is neither, a split is missing or without objects, or no class is shared;
+    WeightsError where the weights lack a sensor that was asked for.
     """
     options = options or DataOptions()
     chips = (data / "index.parquet").is_file() or (data / "tile.json").is_file()
@@ -132,6 +134,9 @@ def find_frames(
     if not found:
         why = "; ".join(f"{sensor}: {reason}" for sensor, reason in left_out.items())
         raise LabelError(f"nothing to judge in {data} ({why}); pass other weights, or rename classes")
+    if not any(frames.objects for frames in found.values()):
+        splits = ", ".join(dict.fromkeys(map(options.split_of, found)))
+        raise LabelError(f"nothing to count: no labelled object in split {splits}; choose another --split")
     return found, left_out
 
 
@@ -147,7 +152,9 @@ def record_frames(
     """
     chosen = tuple(names if judged is None else judged)
     place = _places(names, chosen)
-    counts = Counter(names[label] for record in records for label in record.labels[place[record.labels] < 0])
+    labels = [label for record in records for label in record.labels]
+    counts = Counter(names[label] for label in labels if place[label] < 0)
+    objects = len(labels) - counts.total()
 
     def load(i: int) -> Frame:
         record = records[i]
@@ -164,7 +171,7 @@ def record_frames(
         truth = _truth(record.boxes, place[record.labels], chosen, record.sensor)
         return Frame(record.path.name, image, size, (width / size[1], height / size[0]), truth)
 
-    return Frames(records[0].sensor, len(records), load, dict(sorted(counts.items())))
+    return Frames(records[0].sensor, len(records), load, dict(sorted(counts.items())), objects=objects)
 
 
 def _soi(data: Path, sensor: str, header: Header, options: DataOptions) -> Frames:
@@ -203,8 +210,8 @@ def _chips(data: Path, sensor: str, header: Header, options: DataOptions) -> Fra
     objects = labels.groupby("chip", sort=False).indices
     if not options.background and sensor != "sar":
         table = table[table["chip"].isin(objects)].reset_index(drop=True)
-    here = labels["chip"].isin(set(table["chip"])).to_numpy() & (numbers < 0)
-    counts = Counter(str(name) for name in names[here])
+    here = labels["chip"].isin(set(table["chip"])).to_numpy()
+    counts = Counter(str(name) for name in names[here & (numbers < 0)])
 
     def load(i: int) -> Frame:
         row = table.iloc[i]
@@ -221,14 +228,15 @@ def _chips(data: Path, sensor: str, header: Header, options: DataOptions) -> Fra
         image = torch.from_numpy(np.ascontiguousarray(pixels.image))
         return Frame(row["chip"], image, (rows, columns), back, truth, pixels.valid)
 
-    frames = Frames(sensor, len(table), load, dict(sorted(counts.items())))
+    total = int((here & (numbers >= 0)).sum())
+    frames = Frames(sensor, len(table), load, dict(sorted(counts.items())), objects=total)
     return _without(frames, known, judged)
 
 
 def _without(frames: Frames, known: Sequence[str], judged: Sequence[str]) -> Frames:
     """The frames with a note of the classes that nobody labelled."""
     unlabelled = tuple(name for name in known if name not in judged)
-    return Frames(frames.sensor, frames.count, frames.load, frames.unknown, unlabelled)
+    return replace(frames, unlabelled=unlabelled)
 
 
 def _places(names: Sequence[str], judged: Sequence[str]) -> NDArray[np.int64]:

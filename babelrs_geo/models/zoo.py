@@ -49,7 +49,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     if Path(text).is_file():
         return Path(text)
     raise WeightsError(
-        f'there are no weights "{text}": give a safetensors file or a name ({", ".join(names) or "none"})'
+        f'there are no weights "{text}": give a safetensors file or a name ({", ".join(names) or "none"}); published '
+        "weights get a name by babelrs-geo weights import FILE"
     )
 
 

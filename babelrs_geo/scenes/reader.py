@@ -15,6 +15,8 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -402,6 +404,11 @@ def _open(path: str, given: str, level: int | None) -> Any:
         try:
             return rasterio.open(path, **options)
         except (RasterioError, OSError, ValueError, TypeError) as error:
+            if exists(path) and Path(path).is_dir():  # some are rasters
+                raise SceneError(
+                    f"{given} is a folder: name a raster in it, or use babelrs-geo archive run {quote(given)} "
+                    "-o RESULTS"
+                ) from error
             raise SceneError(
                 f"{given} cannot be opened as a raster ({cause(error)}); gdalinfo tells more"
             ) from error
