@@ -25,7 +25,6 @@ from babelrs_geo.models.detector import Detector
 from babelrs_geo.models.plain import from_plain
 from babelrs_geo.training.data import sources
 from babelrs_geo.training.recipe import Recipe
-
 from babelrs_geo.training.validation import LEAST_SCORE, Verdict, judge
 
 CARD = Path(__file__).with_name("model_card.md")
