@@ -130,7 +130,7 @@ def test_backbone_and_neck_compile_into_one_graph(config: DetectorConfig) -> Non
 
 def test_positions_are_the_stored_ones_at_the_stored_size() -> None:
     torch.manual_seed(0)
-    stored = PatchEmbeddings(ViTConfig(image_size=96, dim=8))
+    stored = PatchEmbeddings(ViTConfig(image_size=96, dim=8, heads=2))
     assert torch.equal(stored.positions(6, 6), stored.position_embedding[:, 1:])
     wide = stored.positions(4, 9)
     assert wide.shape == (1, 36, 8)
