@@ -156,9 +156,8 @@ def _address(scheduler: str, patience: float) -> str:
         return scheduler
     began = time.monotonic()
     with held_back() as answer:
-        while not path.exists() or (
-            path.is_file() and path.stat().st_size == 0
-        ):  # opened, and not written yet
+        # a file of nothing was opened, and is not written yet
+        while not path.exists() or (path.is_file() and path.stat().st_size == 0):
             answer()
             if time.monotonic() - began > patience:
                 raise ParameterError(

@@ -127,11 +127,8 @@ def detect_verb(**given: Any) -> int:
                 raise
             tell("error", "stopped, and what is done is kept: run the same with --resume, and it goes on")
             return EXIT_INTERRUPTED
-        except (
-            ParameterError,
-            SceneError,
-        ):  # the same would end the same; what an earlier run did is not at fault
-            if not earlier:
+        except (ParameterError, SceneError):
+            if not earlier:  # the same would end the same; what an earlier run did is not at fault
                 shutil.rmtree(spool, ignore_errors=True)
             raise
         shutil.rmtree(spool, ignore_errors=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from babelrs_geo.boxes import areas, clip, corners, from_corners, from_xyxy, intersection_pairs
 from babelrs_geo.datasets.soi import Record
-from babelrs_geo.errors import ParameterError
+from babelrs_geo.datasets.transforms import check_cut
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,7 @@ class Augment:
     """
 
     def __post_init__(self) -> None:
-        low, high = self.scale
-        if self.size < 1 or not 0 < low <= high or not 0 < self.visible <= 1:
-            raise ParameterError(
-                f"crops of {self.size} px at scales {self.scale} that keep boxes seen by {self.visible}; give a "
-                "size of 1 or more, scales above 0 in order, and a share in (0, 1]"
-            )
+        check_cut("crops", self.size, self.scale, self.visible)
 
 
 def load_image(record: Record) -> Tensor:

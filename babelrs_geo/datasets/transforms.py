@@ -30,6 +30,16 @@ from babelrs_geo.errors import ParameterError
 _ON_THE_GROUND = ("transform", "window", "scale")  # what no longer holds once pixels have moved
 
 
+def check_cut(what: str, size: int, scale: tuple[float, float], visible: float) -> None:
+    """ParameterError for a size, scales or least visible share by which nothing can be cut out of an image."""
+    low, high = scale
+    if size < 1 or not 0 < low <= high or not 0 < visible <= 1:
+        raise ParameterError(
+            f"{what} of {size} px at scales {scale} that keep boxes seen by {visible}; give a "
+            "size of 1 or more, scales above 0 in order, and a share in (0, 1]"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Random views of a sample: `augmentation(sample, generator)`. The same generator state gives the same view.
@@ -65,12 +75,7 @@ class Augmentation:
     """Infrared: added to the view, up to so much either way, as another range of temperatures would."""
 
     def __post_init__(self) -> None:
-        low, high = self.scale
-        if self.size < 1 or not 0 < low <= high or not 0 < self.visible <= 1:
-            raise ParameterError(
-                f"views of {self.size} px at scales {self.scale} that keep boxes seen by {self.visible}; give a "
-                "size of 1 or more, scales above 0 in order, and a share in (0, 1]"
-            )
+        check_cut("views", self.size, self.scale, self.visible)
         if self.looks is not None and not 0 < self.looks[0] <= self.looks[1]:
             raise ParameterError(f"looks are {self.looks}; give two numbers above 0, in order")
 
