@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from rasterio.session import DummySession
 from rasterio.windows import Window
 
+from babelrs_geo.drafts import draft
 from babelrs_geo.errors import GeorefError, OutputError, ParameterError
 from babelrs_geo.georef import Georef
 from babelrs_geo.kernels import compiled
@@ -353,11 +354,10 @@ def align(
                 )
             )
         _write(plain, chosen, shared, folder)
-        draft = note.with_name(f".{note.name}.{os.getpid()}")
-        draft.write_text(
-            json.dumps({"asked": asked, "shifts": [asdict(s) for s in shifts]}), encoding="utf-8"
-        )
-        draft.replace(note)
+        with draft(note) as hidden:
+            hidden.write_text(
+                json.dumps({"asked": asked, "shifts": [asdict(s) for s in shifts]}), encoding="utf-8"
+            )
     opened = {}
     for sensor, scene in scenes.items():
         how = scene.radiometry
@@ -371,42 +371,38 @@ def align(
 def _write(onto: Mapping[str, Onto], chosen: str, shared: Shared, folder: Path) -> None:
     """All files block by block, each valid where all are."""
     folder.mkdir(parents=True, exist_ok=True)
-    drafts = {sensor: folder / f".{sensor}.tif.{os.getpid()}" for sensor in onto}
     place = {"crs": rasterio.CRS.from_user_input(shared.georef.crs_text), "transform": shared.georef.affine}
     own = onto[chosen].scene.georef.to_pixel(*shared.georef.to_map(0.0, 0.0))
     corner = tuple(round(float(v)) for v in own)
-    with rasterio.Env(session=DummySession(), GDAL_TIFF_INTERNAL_MASK=True, GDAL_PAM_ENABLED=False):
+    with (
+        ExitStack() as stack,
+        rasterio.Env(session=DummySession(), GDAL_TIFF_INTERNAL_MASK=True, GDAL_PAM_ENABLED=False),
+        ExitStack() as opened,  # closed before the first file takes its name
+    ):
         files = {}
-        try:
-            for sensor, each in onto.items():
-                files[sensor] = rasterio.open(
-                    drafts[sensor], "w", driver="GTiff", width=shared.width, height=shared.height,
+        for sensor, each in onto.items():
+            hidden = stack.enter_context(
+                draft(folder / f"{sensor}.tif", failures=(rasterio.errors.RasterioError,))
+            )
+            files[sensor] = opened.enter_context(
+                rasterio.open(
+                    hidden, "w", driver="GTiff", width=shared.width, height=shared.height,
                     count=len(each.scene.radiometry.bands), dtype=each.dtype.name, tiled=True, blockxsize=512,
                     blockysize=512, compress="zstd", zstd_level=1, bigtiff="IF_SAFER", **place,
-                )  # fmt: skip
-                if each.scene.acquired is not None:
-                    files[sensor].update_tags(ACQUISITION_TIME=each.scene.acquired.isoformat())
-            for y in range(0, shared.height, _BLOCK):
-                for x in range(0, shared.width, _BLOCK):
-                    window = (x, y, min(_BLOCK, shared.width - x), min(_BLOCK, shared.height - y))
-                    parts = {}
-                    for sensor, each in onto.items():
-                        parts[sensor] = _own(each, window, corner) if sensor == chosen else each.read(window)
-                    joint = np.logical_and.reduce([valid for _, valid in parts.values()])
-                    for sensor, (raw, _) in parts.items():
-                        files[sensor].write(raw, window=Window(*window))
-                        files[sensor].write_mask(joint, window=Window(*window))
-            for file in files.values():
-                file.close()
-            for sensor, draft in drafts.items():
-                draft.replace(folder / f"{sensor}.tif")
-        except (rasterio.errors.RasterioError, OSError) as error:
-            raise OutputError(f"{folder} cannot be written ({error}); check the disk's space") from error
-        finally:
-            for sensor, file in files.items():
-                with warnings.catch_warnings():
-                    file.close()
-                drafts[sensor].unlink(missing_ok=True)
+                )
+            )  # fmt: skip
+            if each.scene.acquired is not None:
+                files[sensor].update_tags(ACQUISITION_TIME=each.scene.acquired.isoformat())
+        for y in range(0, shared.height, _BLOCK):
+            for x in range(0, shared.width, _BLOCK):
+                window = (x, y, min(_BLOCK, shared.width - x), min(_BLOCK, shared.height - y))
+                parts = {}
+                for sensor, each in onto.items():
+                    parts[sensor] = _own(each, window, corner) if sensor == chosen else each.read(window)
+                joint = np.logical_and.reduce([valid for _, valid in parts.values()])
+                for sensor, (raw, _) in parts.items():
+                    files[sensor].write(raw, window=Window(*window))
+                    files[sensor].write_mask(joint, window=Window(*window))
 
 
 def _own(

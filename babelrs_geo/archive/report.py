@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html import escape
@@ -16,6 +14,7 @@ from typing import Any
 from babelrs_geo.archive.cell import Cell, Limits, LostError
 from babelrs_geo.archive.drawing import COLOURS, Quicklooks, bars, look_of, map_of, timeline
 from babelrs_geo.archive.ledger import Ledger, now
+from babelrs_geo.drafts import draft
 from babelrs_geo.errors import BabelError, OutputError
 
 _SHAPES = 4000  # footprints drawn one by one; beyond, squares of a degree stand for them
@@ -32,19 +31,8 @@ def report(ledger: Ledger, path: Path, *, overwrite: bool = False) -> Path:
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists; pass --overwrite to replace it, or another name with -o")
     text = _page(ledger)
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror}); check the disk's space and permissions"
-        ) from error
+    with draft(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")
     return path
 
 

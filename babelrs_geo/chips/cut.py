@@ -7,7 +7,6 @@ is, the task is done, whatever happens to the run.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from babelrs_geo import boxes
 from babelrs_geo.chips.geotiff import write_chip
 from babelrs_geo.chips.options import ChipOptions
 from babelrs_geo.chips.plan import Chip, Region, Task, lot
+from babelrs_geo.drafts import draft
 from babelrs_geo.scenes import Scene
 from babelrs_geo.tiling import Rect
 from babelrs_geo.vectors import Objects
@@ -56,9 +56,8 @@ def cut_task(task: Task, folder: str, options: ChipOptions) -> str:
         rows = range(len(task.entry.objects or ())) if task.rows is None else task.rows
         told["labels"] += [[chip.name, int(rows[row]), truncated] for row, truncated in kept]
     part.parent.mkdir(parents=True, exist_ok=True)
-    draft = part.with_name(f".{part.name}.{os.getpid()}")
-    draft.write_text(json.dumps(told))
-    draft.replace(part)
+    with draft(part) as file:
+        file.write_text(json.dumps(told), encoding="utf-8")
     scene.close()
     return task.key
 

@@ -17,7 +17,8 @@ from rasterio.session import DummySession
 
 from babelrs_geo.boxes import bounds, corners
 from babelrs_geo.chips.tables import open_chip, read_index, read_labels, write_text
-from babelrs_geo.errors import OutputError, ParameterError
+from babelrs_geo.drafts import draft
+from babelrs_geo.errors import ParameterError
 
 KINDS = ("coco", "dota")
 
@@ -69,21 +70,17 @@ def write_picture(root: Path, path: Path, row: Any) -> None:
     with open_chip(root, row._asdict()) as chip:
         image = np.rint(chip.read((0, 0, chip.width, chip.height)).image * 255.0).astype(np.uint8)
     planes: NDArray[np.uint8] = image if row.sensor == "rgb" else image[:1]
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with (
-            warnings.catch_warnings(),
-            rasterio.Env(session=DummySession(), GDAL_PAM_ENABLED=False),
-        ):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            count, height, width = planes.shape
-            with rasterio.open(
-                draft, "w", driver="PNG", count=count, height=height, width=width, dtype="uint8"
-            ) as file:
-                file.write(planes)
-        draft.replace(path)
-    except (rasterio.errors.RasterioError, OSError) as error:
-        raise OutputError(f"{path} cannot be written ({error}); check the disk's space") from error
+    with (
+        draft(path, failures=(rasterio.errors.RasterioError,)) as hidden,
+        warnings.catch_warnings(),
+        rasterio.Env(session=DummySession(), GDAL_PAM_ENABLED=False),
+    ):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        count, height, width = planes.shape
+        with rasterio.open(
+            hidden, "w", driver="PNG", count=count, height=height, width=width, dtype="uint8"
+        ) as file:
+            file.write(planes)
 
 
 def _coco(chips: list[tuple[Any, gpd.GeoDataFrame]], classes: list[str], place: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.rpc import RPC
 from rasterio.session import DummySession
 
-from babelrs_geo.errors import OutputError
+from babelrs_geo.drafts import draft
 from babelrs_geo.georef import Georef
 from babelrs_geo.scenes import Facts
 from babelrs_geo.tiling import Rect
@@ -117,29 +116,22 @@ def write_chip(
 
     Raises OutputError where it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     profile = creation(facts, compress, rect.width, rect.height) | place(georef, rect.x, rect.y)
     about = facts.bands
-    try:
-        with (
-            warnings.catch_warnings(),
-            rasterio.Env(session=DummySession(), GDAL_TIFF_INTERNAL_MASK=True, GDAL_PAM_ENABLED=False),
-        ):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(draft, "w", **profile) as file:
-                file.update_tags(**_tags(facts))
-                file.colorinterp = [_colour(name) for name in about.interpretations]
-                for key, values in _texts(facts).items():
-                    setattr(file, key, values)
-                file.write(raw)
-                file.write_mask(valid)
-        draft.replace(path)
-    except (rasterio.errors.RasterioError, OSError) as error:
-        draft.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written ({' '.join(str(error).split())}); check the disk's space and permissions, "
-            "then run the same again: it goes on where it stopped"
-        ) from error
+    advice = "check the disk's space and permissions, then run the same again: it goes on where it stopped"
+    with (
+        draft(path, advice, (rasterio.errors.RasterioError,)) as hidden,
+        warnings.catch_warnings(),
+        rasterio.Env(session=DummySession(), GDAL_TIFF_INTERNAL_MASK=True, GDAL_PAM_ENABLED=False),
+    ):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(hidden, "w", **profile) as file:
+            file.update_tags(**_tags(facts))
+            file.colorinterp = [_colour(name) for name in about.interpretations]
+            for key, values in _texts(facts).items():
+                setattr(file, key, values)
+            file.write(raw)
+            file.write_mask(valid)
 
 
 def _tags(facts: Facts) -> dict[str, str]:

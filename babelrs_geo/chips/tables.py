@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from babelrs_geo.boxes import corners
 from babelrs_geo.chips.cut import part_path
 from babelrs_geo.chips.plan import Entry, Plan
-from babelrs_geo.errors import LabelError, OutputError
+from babelrs_geo.drafts import draft
+from babelrs_geo.errors import LabelError
 from babelrs_geo.georef import Georef
 from babelrs_geo.scenes import Scene, SceneOptions, open_scene
 from babelrs_geo.sensors import Radiometry
@@ -181,24 +182,11 @@ def _on_the_map(boxes: NDArray[np.float64], georef: Georef) -> NDArray[np.object
 
 def write_parquet(path: Path, frame: gpd.GeoDataFrame) -> None:
     """A GeoParquet file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        frame.to_parquet(draft, index=False)
-        draft.replace(path)
-    except (OSError, pa.ArrowException) as error:
-        draft.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written ({error}); check the disk's space and permissions"
-        ) from error
+    with draft(path, failures=(pa.ArrowException,)) as hidden:
+        frame.to_parquet(hidden, index=False)
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error}); check the disk's space and permissions"
-        ) from error
+    with draft(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ from rasterio.transform import from_origin
 
 from babelrs_geo.boxes import corners
 from babelrs_geo.datasets.soi import Record
+from babelrs_geo.drafts import draft
 from babelrs_geo.errors import ParameterError
 
 
@@ -95,11 +96,11 @@ def write_mosaic(
         here = np.s_[p.y : p.y + p.height, p.x : p.x + p.width]
         held[here] = True
         mosaic[:, *here] = own
-    draft = path.with_name(f".{path.name}")
     with (
+        draft(path, failures=(rasterio.errors.RasterioError,)) as hidden,
         rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
         rasterio.open(
-            draft,
+            hidden,
             "w",
             driver="GTiff",
             width=mosaic.shape[2],
@@ -116,7 +117,6 @@ def write_mosaic(
         out.write(mosaic)
         if nodata is None:
             out.write_mask(held)
-    draft.replace(path)
 
 
 def _pixels(record: Record) -> NDArray[np.uint8]:

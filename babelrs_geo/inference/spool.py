@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from babelrs_geo.detections import Detections
+from babelrs_geo.drafts import draft
 from babelrs_geo.errors import OutputError
 from babelrs_geo.inference.look import Part
 
 NOTE = "run.json"
+_ADVICE = "make room or rights, then pass --resume to go on"
 
 
 def noted(folder: Path) -> dict[str, Any] | None:
@@ -52,11 +53,9 @@ class Spool:
                     "pass --overwrite to start anew"
                 )
             return
-        try:
+        with draft(note, _ADVICE) as hidden:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(note, json.dumps(known, indent=1).encode())
-        except OSError as error:
-            raise _unwritable(note, error) from error
+            hidden.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.arrow"))
@@ -68,31 +67,13 @@ class Spool:
 
     def put(self, number: int, part: Part) -> None:
         """Keep one. Raises OutputError."""
-        path = self.folder / f"{number:08d}.arrow"
-        try:
-            _write(path, _bytes(part))
-        except OSError as error:
-            raise _unwritable(path, error) from error
+        content = _bytes(part)
+        with draft(self.folder / f"{number:08d}.arrow", _ADVICE) as hidden:
+            hidden.write_bytes(content)
 
     def remove(self) -> None:
         """The output is there: nothing is needed any more."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path} cannot be written ({error.strerror or error}); make room or rights, then pass --resume to go on"
-    )
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def _bytes(part: Part) -> bytes:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from babelrs_geo.errors import OutputError, ParameterError, WeightsError
+from babelrs_geo.drafts import draft
+from babelrs_geo.errors import ParameterError, WeightsError
 from babelrs_geo.models.adapter import ViTAdapter
 from babelrs_geo.models.detector import Detector, DetectorConfig
 from babelrs_geo.models.official import BACKBONE, ENCODER, backbone_of, vision_of
@@ -164,15 +164,9 @@ def write(path: str | os.PathLike[str], state: State, metadata: Mapping[str, str
 
     Raises OutputError where it cannot be written.
     """
-    path = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            temporary = Path(folder) / path.name
-            save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata=dict(metadata))
-            temporary.chmod(0o644)  # safetensors writes for its owner alone
-            temporary.replace(path)
-    except (OSError, SafetensorError) as cause:
-        raise OutputError(f"{path} cannot be written ({cause}); choose a folder you may write to") from cause
+    with draft(Path(path), "choose a folder you may write to", (SafetensorError,)) as hidden:
+        save_file({k: v.contiguous() for k, v in state.items()}, hidden, metadata=dict(metadata))
+        hidden.chmod(0o644)  # safetensors writes for its owner alone
 
 
 def read(path: str | os.PathLike[str]) -> Header | Start:

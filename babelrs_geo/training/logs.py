@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from babelrs_geo.drafts import draft
+
 
 class CsvLog(Logger):
     """Rows of one file, a column for each figure; rows after step `start` are of a run that was killed and go.
@@ -64,9 +66,7 @@ class CsvLog(Logger):
             self._write()
 
     def _write(self) -> None:
-        draft = self.path.with_name(f".{self.path.name}.part")
-        with draft.open("w", newline="", encoding="utf-8") as file:
+        with draft(self.path) as hidden, hidden.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        draft.replace(self.path)

@@ -18,7 +18,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from babelrs_geo.errors import OutputError, ParameterError, WeightsError
+from babelrs_geo.drafts import draft
+from babelrs_geo.errors import ParameterError, WeightsError
 from babelrs_geo.training.keeping import LAST, Keeper, Progress
 from babelrs_geo.training.logs import CsvLog
 from babelrs_geo.training.measured import Measured
@@ -83,16 +84,10 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
         )
     last = place.folder / LAST
     if not last.is_file():
-        try:
-            place.folder.mkdir(parents=True, exist_ok=True)
-            if first:
-                draft = place.folder / f".{RECIPE}.part"
-                draft.write_text(course.recipe, encoding="utf-8")
-                draft.replace(place.folder / RECIPE)
-        except OSError as error:
-            raise OutputError(
-                f"{place.folder} cannot be written ({error}); choose a folder you may write to"
-            ) from error
+        if first:
+            with draft(place.folder / RECIPE, "choose a folder you may write to") as hidden:
+                place.folder.mkdir(parents=True, exist_ok=True)
+                hidden.write_text(course.recipe, encoding="utf-8")
         return None
     if not place.resume:
         raise ParameterError(

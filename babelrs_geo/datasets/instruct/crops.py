@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from babelrs_geo.datasets.instruct.labelled import LabelledImage, images_of
-from babelrs_geo.errors import OutputError, SceneError
+from babelrs_geo.drafts import draft
+from babelrs_geo.errors import SceneError
 
 VISIBLE = 0.4
 """Share of an object from which on one that the edge cuts is asked about, by what shows of it."""
@@ -41,15 +41,9 @@ class Crop:
             picture = _opened(self.source).crop(self.part)
         except (OSError, Image.DecompressionBombError) as error:
             raise SceneError(f"{self.source} cannot be read as an image ({error}); copy it again") from error
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
+        with draft(self.path) as hidden:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(draft, format="PNG", compress_level=1)
-            draft.replace(self.path)
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be written ({error}); check the disk's space") from error
-        finally:
-            draft.unlink(missing_ok=True)
+            picture.save(hidden, format="PNG", compress_level=1)
 
 
 @lru_cache(maxsize=1)

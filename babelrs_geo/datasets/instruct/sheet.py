@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterator
 from itertools import islice
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from babelrs_geo.datasets.instruct.corpus import IMAGE, Conversation, Corpus
 from babelrs_geo.datasets.instruct.labelled import SIDE
 from babelrs_geo.datasets.instruct.questions import boxes_in
+from babelrs_geo.drafts import draft
 from babelrs_geo.errors import OutputError, SceneError
 
 ASKED, ANSWERED = (255, 140, 0), (0, 200, 80)
@@ -48,14 +48,8 @@ def write_sheet(corpus: Corpus, path: Path, samples: int = 24) -> int:
     for number, conversation in enumerate(chosen):
         row, column = divmod(number, columns)
         _draw(sheet, conversation, (_GAP + column * cell[0], _GAP + row * cell[1]))
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        sheet.save(draft, "PNG")
-        draft.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error}); check the disk's space") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    with draft(path) as hidden:
+        sheet.save(hidden, "PNG")
     return len(chosen)
 
 

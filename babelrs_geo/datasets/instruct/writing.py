@@ -21,6 +21,7 @@ from babelrs_geo.datasets.instruct.corpus import IMAGE
 from babelrs_geo.datasets.instruct.crops import Crop, cropped
 from babelrs_geo.datasets.instruct.labelled import LabelledImage, Picture, chips, frames, is_chips, sensors
 from babelrs_geo.datasets.instruct.questions import OF_INCOMPLETE, TASKS
+from babelrs_geo.drafts import draft
 from babelrs_geo.errors import LabelError, OutputError, ParameterError
 
 _ROUNDS = 8  # times that each task is asked of an image at most
@@ -235,18 +236,9 @@ def _order(image: LabelledImage, seed: int) -> bytes:
 
 def _write(path: Path, lines: Iterable[str]) -> int:
     """A text file, whole or not at all; returns how many lines it got."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        count = 0
-        with draft.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line)
-                count += 1
-        draft.replace(path)
-        return count
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror}); check the disk's space and permissions"
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)
+    count = 0
+    with draft(path) as hidden, hidden.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line)
+            count += 1
+    return count

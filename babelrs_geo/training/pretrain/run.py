@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from babelrs_geo.errors import OutputError, ParameterError, WeightsError
+from babelrs_geo.drafts import draft
+from babelrs_geo.errors import ParameterError, WeightsError
 from babelrs_geo.models import importing, language, zoo
 from babelrs_geo.models.adapter import AdapterConfig
 from babelrs_geo.models.annealing import taps_of
@@ -204,14 +205,10 @@ def _whole(model: PivotModel) -> PivotModel:
 
 
 def _write(path: Path, told: Sequence[Answered]) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        draft.write_text(
+    with draft(path) as hidden:
+        hidden.write_text(
             "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in told), encoding="utf-8"
         )
-        draft.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error}); check the disk's space") from error
 
 
 def fit(

@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from babelrs_geo.errors import BabelError, OutputError
+
+
+@contextmanager
+def draft(
+    path: Path,
+    advice: str = "check the disk's space and permissions",
+    failures: tuple[type[Exception], ...] = (),
+) -> Iterator[Path]:
+    """A hidden name beside `path` to write to: in the end it replaces `path`, or is removed where that was not reached.
+
+    A process that is killed leaves it, under its own number. Raises OutputError with `advice` in place of an OSError
+    or one of `failures`; what the library raises on purpose goes through.
+    """
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield hidden
+        hidden.replace(path)
+    except Exception as error:
+        if isinstance(error, BabelError) or not isinstance(error, (OSError, *failures)):
+            raise
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OutputError(f"{path} cannot be written ({why}); {advice}") from error
+    finally:
+        with suppress(OSError):
+            hidden.unlink(missing_ok=True)
