@@ -244,6 +244,9 @@ def test_the_bar_shows_tiles_a_second_on_a_terminal_only(monkeypatch):
         ("https://host/a/b.tif?sig=1/2", "b"),
         ("/vsizip/archive.zip/c.tif", "c"),
         ("folder.SAFE/", "folder"),
+        ('NETCDF:"/data/m.nc":heat', "m_heat"),
+        ('NETCDF:"m.nc":heat', "NETCDF_m_heat"),
+        ("SENTINEL2_L2A:/data/MTD.xml:10m:EPSG_32631", "MTD_10m_EPSG_32631"),
     ],
 )
 def test_the_default_output_is_named_after_the_scene(scene, stem):

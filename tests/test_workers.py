@@ -30,7 +30,7 @@ from babelrs_geo import cluster
 from babelrs_geo.cluster import Workers, connect, held_back
 from babelrs_geo.detections import Detections
 from babelrs_geo.errors import OutputError, ParameterError, SceneError
-from babelrs_geo.inference import FAILED, Group, InferenceOptions, Look, Part, gather, over_dask, run
+from babelrs_geo.inference import FAILED, INVALID, Group, InferenceOptions, Look, Part, gather, over_dask, run
 from babelrs_geo.inference.spool import Spool
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.detector import Detector
@@ -188,7 +188,7 @@ def unread(group: Group) -> Part:
 
 
 parts = st.builds(
-    lambda rows, failed: Part(
+    lambda rows, unseen: Part(
         Detections(
             np.array([r[:5] for r in rows], float).reshape(-1, 5),
             np.array([r[5] for r in rows], np.float32),
@@ -197,7 +197,7 @@ parts = st.builds(
             oriented=True,
         ),
         np.arange(len(rows), dtype=np.int64),
-        tuple((i, FAILED, reason) for i, reason in enumerate(failed)),
+        tuple((i, INVALID, reason) for i, reason in enumerate(unseen)),
     ),
     st.lists(st.tuples(*[st.floats(-1e6, 1e6)] * 5, st.floats(0, 1, width=32)), max_size=4),
     st.lists(st.text(max_size=9), max_size=3),
@@ -217,6 +217,8 @@ def test_parts_come_back_as_they_were(tmp_path_factory, part, none):
         assert np.array_equal(back.found.boxes, part.found.boxes)
         assert np.array_equal(back.found.scores, part.found.scores)
         assert (back.found.classes, back.found.oriented) == (part.found.classes, True)
+    spool.put(4, replace(part, ended=(*part.ended, (9, FAILED, "away"))))
+    assert list(spool.parts()) == [3]
 
 
 def test_parts_of_another_run_are_refused_and_stay(tmp_path):

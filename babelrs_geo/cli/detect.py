@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -191,9 +192,12 @@ def _outlook(scene: Scene, weights: str, options: DetectOptions) -> dict[str, st
 
 
 def _stem(scene: str) -> str:
-    """The name of the default output: the scene's, without folders, the query of a URL, and the suffix."""
-    name = scene.partition("?")[0].rstrip("/").rpartition("/")[2]
-    return Path(name).stem or "scene"
+    """The name of the default output: the scene's, without folders, the query of a URL, and the suffix.
+
+    Of a GDAL name such as `NETCDF:"m.nc":heat` it is `NETCDF_m_heat`.
+    """
+    name = scene.partition("?")[0].rstrip('/"').rpartition("/")[2]
+    return "_".join(Path(part).stem for part in re.split('[:"]+', name) if part) or "scene"
 
 
 def _counts(found: Found) -> dict[str, int]:

@@ -243,8 +243,7 @@ def contribute(
         mine = [group for group in groups if group.number in numbers and group.number not in there]
         with begun.crew() as crew:
             for group, part in crew(mine, lambda _: None) if mine else ():
-                if part.is_whole:
-                    begun.keep.put(group.number, part)
+                begun.keep.put(group.number, part)
     return len(groups)
 
 

@@ -94,11 +94,6 @@ class Part:
     ended: tuple[tuple[int, str, str], ...]
     """Each tile of the group with its state and, if it failed, the reason; in the group's order."""
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether every tile could be read. What could not may be another time: such a part is not worth keeping."""
-        return all(state != FAILED for _, state, _ in self.ended)
-
 
 @dataclass(frozen=True)
 class Look:

@@ -96,7 +96,7 @@ def gather(
             tick(0)
         for group, part in crew(left, tick) if left else ():
             parts[group.number] = part
-            if keep is not None and part.is_whole:
+            if keep is not None:
                 keep.put(group.number, part)
     return _merged(look, [(group, parts[group.number]) for group in groups], area)
 

@@ -12,6 +12,7 @@ import numpy as np
 from babelrs_geo.detections import Detections
 from babelrs_geo.drafts import draft
 from babelrs_geo.errors import OutputError
+from babelrs_geo.inference.coverage import FAILED
 from babelrs_geo.inference.look import Part
 
 NOTE = "run.json"
@@ -66,7 +67,12 @@ class Spool:
         return {number: part for number, part in there.items() if part is not None}
 
     def put(self, number: int, part: Part) -> None:
-        """Keep one. Raises OutputError."""
+        """Keep one. What could not be read may be another time: a part with a failed tile is left to be done again.
+
+        Raises OutputError.
+        """
+        if any(state == FAILED for _, state, _ in part.ended):
+            return
         content = _bytes(part)
         with draft(self.folder / f"{number:08d}.arrow", _ADVICE) as hidden:
             hidden.write_bytes(content)
