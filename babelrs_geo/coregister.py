@@ -110,7 +110,7 @@ def shared_grid(scenes: Mapping[str, Scene], reference: str | None = None) -> tu
             continue
         run = np.linspace(0, 1, 17)
         u, v = (a.ravel() for a in np.meshgrid(run * scene.width, run * scene.height))
-        px, py = _between(scene.georef, own.georef, u, v)
+        px, py = between(scene.georef, own.georef, u, v)
         low = np.maximum(low, np.floor([np.nanmin(px), np.nanmin(py)]))
         high = np.minimum(high, np.ceil([np.nanmax(px), np.nanmax(py)]))
     if not (high - low >= 1).all():
@@ -124,8 +124,8 @@ def shared_grid(scenes: Mapping[str, Scene], reference: str | None = None) -> tu
     return chosen, Shared(grid, width, height)
 
 
-def _between(source: Georef, target: Georef, px: NDArray[Any], py: NDArray[Any]) -> tuple[Floats, Floats]:
-    """Pixels of one georeference to those of another."""
+def between(source: Georef, target: Georef, px: NDArray[Any], py: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Pixels of one georeference to those of another; NaN where they have no place."""
     x, y = source.to_map(px, py)
     if source.crs_text != target.crs_text:
         change = pyproj.Transformer.from_crs(source.crs, target.crs, always_xy=True)
@@ -152,7 +152,7 @@ class Onto:
     def _reach(self) -> tuple[float, float]:
         """Half the triangle's width in pixels of the scene, across and down."""
         x, y = self.shared.width / 2, self.shared.height / 2
-        sx, sy = _between(
+        sx, sy = between(
             self.shared.georef,
             self.scene.georef,
             np.array([x - 1, x + 1, x, x]),
@@ -193,7 +193,7 @@ class Onto:
         x, y, width, height = window
         gx = np.linspace(x, x + width, max(1, -(-width // _STEP)) + 1) + self.shift[0]
         gy = np.linspace(y, y + height, max(1, -(-height // _STEP)) + 1) + self.shift[1]
-        knots = _between(self.shared.georef, self.scene.georef, *np.meshgrid(gx, gy))
+        knots = between(self.shared.georef, self.scene.georef, *np.meshgrid(gx, gy))
         px = np.arange(x, x + width) + 0.5 + self.shift[0]
         py = np.arange(y, y + height) + 0.5 + self.shift[1]
         found = []
@@ -370,7 +370,10 @@ def align(
 
 def _write(onto: Mapping[str, Onto], chosen: str, shared: Shared, folder: Path) -> None:
     """All files block by block, each valid where all are."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be created ({error}); write elsewhere with -o") from error
     place = {"crs": rasterio.CRS.from_user_input(shared.georef.crs_text), "transform": shared.georef.affine}
     own = onto[chosen].scene.georef.to_pixel(*shared.georef.to_map(0.0, 0.0))
     corner = tuple(round(float(v)) for v in own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -13,10 +14,11 @@ from conftest import NORTH_UP, UTM, Raster, write_raster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from babelrs_geo.chips import ChipOptions, open_chip, read_index, read_labels
+from babelrs_geo.boxes import bounds, corners, from_corners
+from babelrs_geo.chips import ChipOptions, cut_chips, open_chip, read_index, read_labels
 from babelrs_geo.chips.registered import cut_registered
 from babelrs_geo.coregister import Onto, Shared, align, measure, shared_grid
-from babelrs_geo.errors import GeorefError, OutputError, ParameterError
+from babelrs_geo.errors import GeorefError, LabelError, OutputError, ParameterError
 from babelrs_geo.georef import Georef
 from babelrs_geo.scenes import SceneOptions, open_scene
 from babelrs_geo.vectors import read_labels as read_label_file
@@ -222,3 +224,113 @@ def test_what_cannot_be_brought_together_is_told(tmp_path):
                 shared_grid(scenes)
         with pytest.raises(ParameterError, match="reference ir"):
             shared_grid({"rgb": rgb, "sar": sar}, "ir")
+
+
+WHOLE = ChipOptions(size=256, overlap=0, split=(1, 0, 0))
+
+
+def rasters(folder: Path, *, turned: float = 0.0, shift: tuple[float, float] = (0, 0)) -> tuple[Path, Path]:
+    """A reference of 10 m pixels, turned by degrees, and a finer scene around it that shows the same."""
+    place = at(-200, -100, 10) @ rasterio.Affine.rotation(turned)
+    a = write_raster(folder / "radar", Raster(sar_of(town(200)), transform=place))
+    b = write_raster(folder / "optic", Raster(rgb_of(town(400, 0, *shift)), transform=at(0, 0, 5)))
+    return a, b
+
+
+@pytest.mark.parametrize("turned", [0.0, 20.0])
+@pytest.mark.parametrize("kind", ["oriented", "horizontal"])
+@pytest.mark.parametrize("name", ["radar", "optic"])
+def test_labels_in_pixels_of_one_scene_go_with_its_ground(tmp_path, turned, kind, name):
+    """Whatever part of it the shared grid is, however large its pixels are, and wherever its north lies."""
+    a, b = rasters(tmp_path, turned=turned)
+    x, y = {"radar": (100, 90), "optic": (190, 210)}[name]
+    quad = corners(np.array([[x, y, 20.0, 8.0, 0.0 if kind == "horizontal" else 35.0]]))[0]
+    text = tmp_path / f"{name}.txt"
+    text.write_text(" ".join(map(repr, quad.ravel().tolist())) + " ship 0\n")
+    with open_scene(a, "sar", PLAIN) as sar, open_scene(b, "rgb", PLAIN) as rgb:
+        labels = [read_label_file(text, kind=kind)]
+        scenes = {"sar": sar, "rgb": rgb}
+        cut_registered(scenes, tmp_path / "chips", labels, WHOLE, reference="sar")
+        own = (sar if name == "radar" else rgb).georef
+        with open_chip(tmp_path / "chips", read_index(tmp_path / "chips").iloc[0]) as chip:
+            there = np.stack(chip.georef.to_pixel(*own.to_map(quad[:, 0], quad[:, 1])), -1)
+    (row,) = read_labels(tmp_path / "chips").itertuples()
+    assert row.oriented == (kind == "oriented")
+    box = np.array([[row.cx, row.cy, row.w, row.h, row.r]])
+    if row.oriented:
+        np.testing.assert_allclose(box, from_corners(there[None]), atol=1e-6)
+    else:
+        np.testing.assert_allclose(bounds(box)[0], [*there.min(0), *there.max(0)], atol=1e-6)
+
+
+def test_labels_in_pixels_follow_their_picture_where_its_shift_is_taken_out(tmp_path):
+    image = town(400)
+    a = write_raster(tmp_path / "a", Raster(rgb_of(image)))
+    b = write_raster(tmp_path / "b", Raster(sar_of(town(400, 0, 4, -3))))
+    (tmp_path / "b.txt").write_text("100 100 120 100 120 120 100 120 ship 0\n")
+    with open_scene(a, "rgb", PLAIN) as rgb, open_scene(b, "sar", PLAIN) as sar:
+        labels = [read_label_file(tmp_path / "b.txt")]
+        scenes = {"rgb": rgb, "sar": sar}
+        options = ChipOptions(size=400, overlap=0, split=(1, 0, 0))
+        cut_registered(scenes, tmp_path / "on", labels, options, reference="rgb", correct=True)
+    (row,) = read_labels(tmp_path / "on").itertuples()
+    assert (row.cx, row.cy) == pytest.approx((106, 113), abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["elsewhere"], "bears the name of none"),
+        (["radar", "optic"], "bears the names of several"),
+    ],
+)
+def test_labels_in_pixels_of_no_one_scene_are_refused_before_anything_is_written(tmp_path, names, said):
+    a, b = rasters(tmp_path)
+    (tmp_path / "dota").mkdir()
+    for name in names:
+        (tmp_path / "dota" / f"{name}.txt").write_text("10 10 20 10 20 20 10 20 ship 0\n")
+    with open_scene(a, "sar", PLAIN) as sar, open_scene(b, "rgb", PLAIN) as rgb:
+        labels = [read_label_file(tmp_path / "dota")]
+        with pytest.raises(LabelError, match=said) as caught:
+            cut_registered({"sar": sar, "rgb": rgb}, tmp_path / "chips", labels, WHOLE)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "chips").exists()
+
+
+def test_scenes_of_one_name_and_one_grid_share_labels_in_pixels(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    a = write_raster(tmp_path / "one" / "tile", Raster(sar_of(town(64))))
+    b = write_raster(tmp_path / "two" / "tile", Raster(rgb_of(town(64))))
+    c = write_raster(tmp_path / "tile", Raster(rgb_of(town(64)), transform=at(50, 0, 10)))
+    (tmp_path / "tile.txt").write_text("10 10 20 10 20 20 10 20 ship 0\n")
+    labels = [read_label_file(tmp_path / "tile.txt")]
+    with (
+        open_scene(a, "sar", PLAIN) as sar,
+        open_scene(b, "rgb", PLAIN) as rgb,
+        open_scene(c, "rgb", PLAIN) as moved,
+    ):
+        cut_registered({"sar": sar, "rgb": rgb}, tmp_path / "chips", labels, WHOLE)
+        assert read_labels(tmp_path / "chips")[["cx", "cy"]].to_numpy().tolist() == [[15, 15]]
+        with pytest.raises(LabelError, match="several"):
+            cut_registered({"sar": sar, "rgb": moved}, tmp_path / "other", labels, WHOLE)
+
+
+def test_a_folder_of_something_else_is_refused_before_scenes_are_aligned(tmp_path):
+    a, b = rasters(tmp_path)
+    mine, file, cut = tmp_path / "mine", tmp_path / "file", tmp_path / "cut"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
+    file.write_text("")
+    with open_scene(a, "sar", PLAIN) as sar, open_scene(b, "rgb", PLAIN) as rgb:
+        cut_chips([sar], cut, options=WHOLE)
+        for folder, said in (
+            (mine, "no chip folder"),
+            (file, "is a file"),
+            (file / "below", "cannot be created"),
+            (cut, "reference"),
+        ):
+            with pytest.raises(OutputError, match=said):
+                cut_registered({"sar": sar, "rgb": rgb}, folder, (), WHOLE, reference="sar")
+    assert [each.name for each in mine.iterdir()] == ["letter.txt"]
+    assert not (cut / "aligned").exists()

@@ -120,18 +120,18 @@ def _entries(scenes: Sequence[Scene], labels: Sequence[Labels]) -> list[Entry]:
         taken = {other.name for other in entries}
         others = (f"{stem}-{k}" for k in itertools.count(2))
         name = next(n for n in itertools.chain([stem], others) if n not in taken)
-        objects = objects_on(scene, stem, labels, alone=len(scenes) == 1)
+        objects = objects_on(scene, [each.on(stem, scene.georef, alone=len(scenes) == 1) for each in labels])
         entries.append(Entry(name, name, scene.path, scene, objects))
     return entries
 
 
-def objects_on(scene: Scene, stem: str, labels: Sequence[Labels], *, alone: bool) -> Objects | None:
-    """What the labels show of a scene; None where there are no labels. Warns where they show nothing of it."""
-    if not labels:
+def objects_on(scene: Scene, found: Sequence[Objects]) -> Objects | None:
+    """What labels show of a scene, of all that each of them found; None where there are no labels. Warns where they
+    show nothing of it.
+    """
+    if not found:
         return None
-    objects = _within(
-        Objects.concatenate([each.on(stem, scene.georef, alone=alone) for each in labels]), scene
-    )
+    objects = _within(Objects.concatenate(found), scene)
     if not len(objects):
         warnings.warn(
             f"no label lies on scene {scene.name}: all its chips are background; check that labels and scene "
@@ -171,13 +171,15 @@ def _asked(entries: Sequence[Entry], options: ChipOptions, told: dict[str, Any])
         scenes.append(
             entry.scene.identity | file_state(entry.source) | {"name": entry.name, "objects": objects}
         )
-    body = {
-        "software": f"babelrs-geo {__version__}",
-        "parameters": asdict(options) | told,
-        "scenes": scenes,
-    }
-    text = json.dumps(body, sort_keys=True)
+    text = json.dumps(_chosen(options, told) | {"scenes": scenes}, sort_keys=True)
     return {**json.loads(text), "hash": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _chosen(options: ChipOptions, told: dict[str, Any]) -> dict[str, Any]:
+    """What decides the content of the files beside the scenes, as JSON gives it back."""
+    body = {"software": f"babelrs-geo {__version__}", "parameters": asdict(options) | told}
+    chosen: dict[str, Any] = json.loads(json.dumps(body))
+    return chosen
 
 
 def _digest(objects: Objects) -> str:
@@ -188,8 +190,25 @@ def _digest(objects: Objects) -> str:
     return digest.hexdigest()
 
 
+def check_folder(out: Path, options: ChipOptions, told: dict[str, Any]) -> None:
+    """Refuse a folder, by OutputError, before anything is made for it, as far as can be told without the scenes."""
+    _note_in(out, _chosen(options, told))
+
+
 def _open_folder(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The folder's note: that of an earlier run of the same, or a new one."""
+    if (found := _note_in(out, asked)) is not None:
+        return found
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be created ({error}); write elsewhere with -o") from error
+    write_text(out / NOTE, json.dumps(asked, indent=1))
+    return asked
+
+
+def _note_in(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The note of an earlier run of the same; None in a folder that is new or empty."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a folder for the chips with -o")
     note = out / NOTE
@@ -200,7 +219,7 @@ def _open_folder(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
             raise OutputError(
                 f"{note} cannot be read ({error}); remove the folder, or name another with -o"
             ) from error
-        if found.get("hash") != asked["hash"]:
+        if any(found.get(key) != asked[key] for key in asked if key != "scenes"):  # the hash is of them too
             raise OutputError(
                 f"{out} holds chips cut otherwise ({_difference(found, asked)}); run what it was cut with, remove it, "
                 "or name another folder with -o"
@@ -208,12 +227,7 @@ def _open_folder(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
         return found
     if out.is_dir() and any(each.name != ALIGNED for each in out.iterdir()):
         raise OutputError(f"{out} is not empty and no chip folder; name an empty or a new folder with -o")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be created ({error}); write elsewhere with -o") from error
-    write_text(note, json.dumps(asked, indent=1))
-    return asked
+    return None
 
 
 def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
