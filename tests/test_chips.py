@@ -27,10 +27,11 @@ from rasterio.control import GroundControlPoint
 from test_georef import made_up_rpc, slant_gcps
 
 from babelrs_geo import boxes
-from babelrs_geo.chips import ChipOptions, Workers, cut_chips, open_chip, read_index, read_labels
-from babelrs_geo.chips.plan import Entry, plan
+from babelrs_geo.chips import SPLITS, ChipOptions, Workers, cut_chips, open_chip, read_index, read_labels
+from babelrs_geo.chips.plan import Chip, Entry, plan
 from babelrs_geo.errors import LabelError, OutputError, ParameterError, SceneError
 from babelrs_geo.scenes import SceneOptions, open_scene
+from babelrs_geo.vectors import Objects
 from babelrs_geo.vectors import read_labels as read_label_file
 
 SMALL = ChipOptions(size=64, overlap=16, block=2, split=(1, 0, 0))
@@ -311,6 +312,59 @@ def test_a_small_scene_stays_whole_and_an_empty_split_is_told(tmp_path):
     assert cut.chips == {"train": 4, "val": 0, "test": 0}
 
 
+def test_a_split_whose_ground_has_nothing_to_keep_is_told(tmp_path):
+    labels = read_label_file(write_labels(tmp_path / "labels.gpkg", [(30, 30, 9, 5, 0)]))
+    path = write_raster(tmp_path / "scene", Raster(speckle(640, 640)))
+    options = ChipOptions(size=64, overlap=0, block=1, background=0)
+    with (
+        open_scene(path, "sar") as scene,
+        pytest.warns(UserWarning, match="no chip goes to .* and .*: on the ground .* no chip has an object"),
+    ):
+        cut = cut_chips([scene], tmp_path / "chips", [labels], options)
+    assert 1 <= sum(cut.chips.values()) == max(cut.chips.values())
+
+
+def test_chips_that_are_not_cut_leave_out_no_others(tmp_path, monkeypatch):
+    """Of scenes that lie askew on one ground: what is left out shares ground with a chip that is cut."""
+    r = np.random.default_rng(3)
+    with ExitStack() as stack:
+        entries = []
+        for k in range(3):
+            place = NORTH_UP @ rasterio.Affine.translation(*r.uniform(0, 400, 2))
+            place = place @ rasterio.Affine.rotation(r.uniform(-40, 40))
+            path = write_raster(
+                tmp_path / f"s{k}", Raster(np.full((1, 600, 600), 77, np.uint8), transform=place)
+            )
+            scene = stack.enter_context(open_scene(path, "sar", SceneOptions(collar=False)))
+            rects = np.column_stack([r.uniform(0, 600, (40, 2)), np.full((40, 2), 5.0), np.zeros(40)])
+            objects = Objects(rects, np.full(40, "ship", object), np.zeros(40, bool))
+            entries.append(Entry(f"s{k}", f"s{k}", str(path), scene, objects))
+        options = ChipOptions(size=64, overlap=16, block=2, split=(0.5, 0.25, 0.25), background=0)
+
+        def chips() -> dict[str, tuple[Entry, Chip]]:
+            tasks = plan(entries, options).tasks
+            return {c.name: (t.entry, c) for t in tasks for region in t.regions for c in region.chips}
+
+        planned = chips()
+        monkeypatch.setattr("babelrs_geo.chips.plan._conflicts", lambda regions: set())
+        every = chips()
+    for entry, chip in every.values():
+        x, y = entry.objects.boxes[:, :2].T
+        across = np.minimum(x + 2.5, chip.rect.x1) - np.maximum(x - 2.5, chip.rect.x)
+        down = np.minimum(y + 2.5, chip.rect.y1) - np.maximum(y - 2.5, chip.rect.y)
+        assert (np.maximum(across, 0) * np.maximum(down, 0) >= 0.7 * 25).any()
+    rank = SPLITS.index
+    for name in every.keys() - planned.keys():
+        entry, chip = every[name]
+        assert any(
+            rank(other.split) > rank(chip.split)
+            and there is not entry
+            and other.footprint.intersection(chip.footprint).area > 1e-6 * chip.footprint.area
+            for there, other in planned.values()
+        )
+    assert len(every) > len(planned) > 60
+
+
 # ----------------------------------------------------------------------------------------------------
 # Labels
 
@@ -359,6 +413,45 @@ def test_labels_to_chips_to_labels_lose_only_what_the_rule_drops(tmp_path_factor
         assert chip.objects == counts.get(chip.chip, 0) == len(got)
         np.testing.assert_allclose(rows["truncated"][here], outside[matched[here]], atol=2e-3)
     assert (rows["truncated"] <= keep).all()
+
+
+@FEW
+@given(seed=st.integers(0, 1000), keep=st.sampled_from([0.0, 0.3, 1.0]), background=st.sampled_from([0, 1]))
+def test_an_object_counts_by_what_is_valid_of_it(tmp_path_factory, seed, keep, background):
+    """By the turned box, not by its bounds; what is hidden too far is dropped as what lies outside is."""
+    folder = tmp_path_factory.mktemp("hidden")
+    r = np.random.default_rng(seed)
+    truth = np.column_stack(
+        [r.uniform(0, 120, (25, 2)), r.uniform(2, 40, 25), r.uniform(2, 20, 25), r.uniform(-90, 90, 25)]
+    )
+    cells = r.random((15, 15)) > 0.25
+    cells[8:] &= r.random() > 0.5
+    valid = np.kron(cells, np.ones((8, 8))) > 0
+    labels = read_label_file(write_labels(folder / "labels.gpkg", truth.tolist()), kind="oriented")
+    path = write_raster(folder / "scene", Raster(speckle(120, 120), mask=valid))
+    options = ChipOptions(size=64, overlap=8, split=(1, 0, 0), keep_truncated=keep, background=background)
+    with open_scene(path, "sar", SceneOptions(collar=False)) as scene:
+        cut_chips([scene], folder / "chips", [labels], options)
+    index, found = read_index(folder / "chips").set_index("chip"), read_labels(folder / "chips")
+    ground = shapely.union_all(
+        [shapely.box(8 * j, 8 * i, 8 * j + 8, 8 * i + 8) for i, j in np.argwhere(cells)]
+    )
+    shapes = shapely.polygons(boxes.corners(truth))
+    for x, y in ((0, 0), (56, 0), (0, 56), (56, 56)):
+        name, area = f"scene_{x}_{y}", shapely.box(x, y, x + 64, y + 64)
+        inside = shapely.area(shapely.intersection(shapes, area)) / shapely.area(shapes)
+        shown = shapely.area(shapely.intersection(shapes, ground.intersection(area))) / shapely.area(shapes)
+        kept = (shown > 1e-9) & (1 - shown <= keep + 1e-9)
+        hidden = 1 - shown
+        if ((np.abs(hidden - keep) < 1e-3) & (hidden > 1e-9) & (shown > 1e-9)).any():
+            continue  # placed to a thousandth of a pixel
+        rows = found[found["chip"] == name]
+        assert len(rows) == kept.sum()
+        np.testing.assert_allclose(rows["truncated"], 1 - shown[kept], atol=2e-3)
+        assert (name in index.index) == (valid[y : y + 64, x : x + 64].any() and (background or kept.any()))
+        if name in index.index:
+            assert index.loc[name, "objects"] == kept.sum()
+            assert index.loc[name, "dropped"] == ((inside > 1e-6) & ~kept).sum()
 
 
 def test_the_box_on_the_map_is_where_its_label_was(tmp_path):

@@ -1,7 +1,8 @@
 """Chips: scenes and their labels cut into files for training, with an index and splits that share no ground.
 
-`plan` parts the ground and lays the grids without a pixel read, `cut` does one task of it, `run` does all of them
-and joins what they leave, `tables` reads and writes the folder's tables, `geotiff` writes a chip.
+`plan` parts the ground and lays the grids without a pixel read, `shown` says what a chip shows of the objects, `cut`
+does one task of the plan, `run` does all of them and joins what they leave, `tables` reads and writes the folder's
+tables, `geotiff` writes a chip.
 """
 
 from babelrs_geo.chips.options import COMPRESSIONS, SPLITS, ChipOptions

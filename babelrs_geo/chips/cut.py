@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from babelrs_geo import boxes
 from babelrs_geo.chips.geotiff import write_chip
 from babelrs_geo.chips.options import ChipOptions
-from babelrs_geo.chips.plan import Chip, Region, Task, lot
+from babelrs_geo.chips.plan import Chip, Region, Task
+from babelrs_geo.chips.shown import Shown, background, shown, where_valid
 from babelrs_geo.drafts import draft
 from babelrs_geo.scenes import Scene
 from babelrs_geo.tiling import Rect
@@ -38,23 +38,22 @@ def cut_task(task: Task, folder: str, options: ChipOptions) -> str:
     images = Path(folder, "images", task.entry.folder)
     images.mkdir(parents=True, exist_ok=True)
     scene = task.entry.scene
-    objects = {
-        chip.name: _objects(task.entry.objects, chip.rect, options) for r in task.regions for chip in r.chips
-    }
-    wanted = {
-        name for name, (kept, _) in objects.items() if _wanted(task.entry.objects, name, len(kept), options)
-    }
-    for chip, raw, valid in _pixels(scene, task.regions, wanted):
+    rows = range(len(task.entry.objects or ())) if task.rows is None else task.rows
+    for chip, raw, valid in _pixels(scene, task.regions):
         share = float(valid.mean())
         if share == 0:
             continue
+        found, kept = _objects(task.entry.objects, chip.rect, valid, options)
+        if task.entry.objects is not None and not kept.any() and not background(chip.name, options):
+            continue  # planned for what no valid pixel shows
         write_chip(
             images / f"{chip.name}.tif", raw, valid, scene.facts, scene.georef, chip.rect, options.compress
         )
-        kept, dropped = objects[chip.name]
-        told["chips"].append([chip.name, share, len(kept), dropped])
-        rows = range(len(task.entry.objects or ())) if task.rows is None else task.rows
-        told["labels"] += [[chip.name, int(rows[row]), truncated] for row, truncated in kept]
+        told["chips"].append([chip.name, share, int(kept.sum()), int((~kept).sum())])
+        told["labels"] += [
+            [chip.name, int(rows[row]), float(truncated)]
+            for row, truncated in zip(found.rows[kept], found.truncated[kept], strict=True)
+        ]
     part.parent.mkdir(parents=True, exist_ok=True)
     with draft(part) as file:
         file.write_text(json.dumps(told), encoding="utf-8")
@@ -68,37 +67,21 @@ def part_path(folder: Path, key: str) -> Path:
 
 
 def _objects(
-    objects: Objects | None, rect: Rect, options: ChipOptions
-) -> tuple[list[tuple[int, float]], int]:
-    """The objects of a chip, by row and share of the area outside it, and how many the rule drops."""
-    if objects is None or not len(objects):
-        return [], 0
-    extent = np.array([rect.x, rect.y, rect.x1, rect.y1], np.float64)
-    near = boxes.bounds(objects.boxes)
-    rows = np.flatnonzero(((near[:, :2] < extent[2:]) & (near[:, 2:] > extent[:2])).all(1))
-    window = np.repeat(boxes.from_xyxy(extent[None]), len(rows), 0)
-    inside = boxes.intersection_pairs(objects.boxes[rows], window) / boxes.areas(objects.boxes[rows])
-    outside = np.where(inside > 1 - 1e-9, 0.0, 1 - inside)
-    touching = inside > 1e-9
-    kept = touching & (outside <= options.keep_truncated)
-    found = [(int(row), float(share)) for row, share in zip(rows[kept], outside[kept], strict=True)]
-    return found, int((touching & ~kept).sum())
-
-
-def _wanted(objects: Objects | None, name: str, count: int, options: ChipOptions) -> bool:
-    """Whether a chip is cut: all with objects, and the chosen share of the others where there are labels."""
-    return objects is None or count > 0 or lot(options.seed, f"background {name}") < options.background
+    objects: Objects | None, rect: Rect, valid: NDArray[np.bool_], options: ChipOptions
+) -> tuple[Shown, NDArray[np.bool_]]:
+    """The objects that reach into a chip, and which of them the rule keeps."""
+    objects = Objects.empty() if objects is None else objects
+    found = where_valid(shown(objects, rect), objects, rect, valid)
+    return found, found.kept(options)
 
 
 def _pixels(
-    scene: Scene, regions: tuple[Region, ...], wanted: set[str]
+    scene: Scene, regions: tuple[Region, ...]
 ) -> Iterator[tuple[Chip, NDArray[Any], NDArray[np.bool_]]]:
-    """Each wanted chip with its raw numbers and validity, from rows that are read once, downward."""
+    """Each chip with its raw numbers and validity, from rows that are read once, downward."""
     for top in sorted({region.rect.y for region in regions}):
         row = [region for region in regions if region.rect.y == top]
-        chips = [chip for region in row for chip in region.chips if chip.name in wanted]
-        if not chips:
-            continue
+        chips = [chip for region in row for chip in region.chips]
         left, right = min(r.rect.x for r in row), max(r.rect.x1 for r in row)
         strip = _Strip(scene, left, right, row[0].rect.y1)
         for chip in sorted(chips, key=lambda chip: (chip.rect.y, chip.rect.x)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from babelrs_geo.errors import ParameterError
@@ -26,7 +27,7 @@ class ChipOptions:
     background: float = 1.0
     """Share of the chips without an object that is kept, where there are labels."""
     keep_truncated: float = 0.3
-    """Objects with a larger share of their area outside a chip are dropped from it."""
+    """Objects of which a larger share cannot be seen in a chip, outside it or not valid, are dropped from it."""
     seed: int = 0
     """Of the splits and of the background chips."""
     compress: str = "zstd"
@@ -47,3 +48,8 @@ class ChipOptions:
                 raise ParameterError(f"{name} is {getattr(self, name):g}, expected a share from 0 to 1")
         if self.compress not in COMPRESSIONS:
             raise ParameterError(f"compress is {self.compress!r}, expected one of {', '.join(COMPRESSIONS)}")
+
+    def lot(self, text: str) -> float:
+        """A number in [0, 1) that depends on nothing but the seed and the text."""
+        digest = hashlib.sha256(f"{self.seed}:{text}".encode()).digest()
+        return int.from_bytes(digest[:6], "big") / 2.0**48

@@ -10,7 +10,6 @@ those of the lower-priority split are left out: train before val before test.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from babelrs_geo.boxes import bounds
 from babelrs_geo.chips.ground import outlines, sharing
 from babelrs_geo.chips.options import SPLITS, ChipOptions
+from babelrs_geo.chips.shown import background, shown
 from babelrs_geo.scenes import Scene
 from babelrs_geo.tiling import Grid, Rect
 from babelrs_geo.vectors import Objects
@@ -131,12 +131,6 @@ def plan(entries: Sequence[Entry], options: ChipOptions) -> Plan:
     return Plan(tuple(tasks), len(lost), area)
 
 
-def lot(seed: int, text: str) -> float:
-    """A number in [0, 1) that depends on nothing but the seed and the text."""
-    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2.0**48
-
-
 def _blocks(scene: Scene, options: ChipOptions) -> list[list[Rect]]:
     """Rows of the scene's blocks; together they partition it."""
     span = options.size + (options.block - 1) * (options.size - options.overlap)
@@ -191,7 +185,7 @@ def _assign(
     def order(root: tuple[int, int]) -> tuple[float, tuple[int, int]]:
         shape, rect = grounds[root[0]][root[1]], flat[root[0]][root[1]]
         centre = f"{entries[root[0]].name} {rect.x} {rect.y}" if shape is None else _place(shape)
-        return lot(options.seed, centre), root
+        return options.lot(centre), root
 
     chosen: dict[tuple[int, int], str] = {}
     area = dict.fromkeys(SPLITS, 0)
@@ -245,7 +239,7 @@ def _linked(grounds: list[NDArray[np.object_]]) -> dict[tuple[int, int], tuple[i
 def _regions(
     entry: Entry, rows: list[list[Rect]], splits: dict[Rect, str], options: ChipOptions
 ) -> list[list[Region]]:
-    """Rows of regions: neighbours of one split in a row joined, each with its chips."""
+    """Rows of regions: neighbours of one split in a row joined, each with the chips that are wanted of it."""
     found = []
     for row in rows:
         runs: list[list[Rect]] = []
@@ -261,14 +255,27 @@ def _regions(
 def _region(entry: Entry, run: list[Rect], split: str, options: ChipOptions) -> Region:
     whole = Rect(run[0].x, run[0].y, run[-1].x1 - run[0].x, run[0].height)
     tiles = Grid(whole.width, whole.height, options.size, options.overlap)
-    rects = [Rect(t.outer.x + whole.x, t.outer.y + whole.y, t.outer.width, t.outer.height) for t in tiles]
-    shapes = outlines(rects, entry.scene.georef)
+    every = [Rect(t.outer.x + whole.x, t.outer.y + whole.y, t.outer.width, t.outer.height) for t in tiles]
+    named = _wanted(entry.objects, whole, {f"{entry.name}_{r.x}_{r.y}": r for r in every}, options)
+    shapes = outlines(list(named.values()), entry.scene.georef)
     return Region(
         whole,
-        tuple(
-            Chip(f"{entry.name}_{r.x}_{r.y}", r, split, shape) for r, shape in zip(rects, shapes, strict=True)
-        ),
+        tuple(Chip(name, r, split, shape) for (name, r), shape in zip(named.items(), shapes, strict=True)),
     )
+
+
+def _wanted(
+    objects: Objects | None, whole: Rect, named: dict[str, Rect], options: ChipOptions
+) -> dict[str, Rect]:
+    """The chips of a region that are cut where their pixels are valid: with objects, or drawn as background."""
+    if objects is None or options.background == 1:
+        return named
+    near = objects[shown(objects, whole).rows]
+    return {
+        name: rect
+        for name, rect in named.items()
+        if background(name, options) or shown(near, rect).kept(options).any()
+    }
 
 
 def _conflicts(regions: list[list[list[Region]]]) -> set[int]:
@@ -278,7 +285,7 @@ def _conflicts(regions: list[list[list[Region]]]) -> set[int]:
     rank = np.array([SPLITS.index(c.split) for _, c in chips])
     shapes = np.array([c.footprint for _, c in chips], object)
     lost: set[int] = set()
-    for low in range(len(SPLITS) - 1):
+    for low in reversed(range(len(SPLITS) - 1)):  # what is left out itself leaves out nothing
         mine, others = np.flatnonzero(rank == low), np.flatnonzero(rank > low)
         others = others[[id(chips[k][1]) not in lost for k in others]]
         i, j, _ = sharing(shapes[mine], shapes[others])

@@ -88,7 +88,6 @@ def cut_entries(
         return _ended(out, note["counts"])
     with held_back() as answer, _crew(workers) as work:
         planned = plan(entries, options)
-        _tell_empty(planned, options)
         left = [task for task in planned.tasks if not part_path(out, task.key).exists()]
         for scene in {id(task.entry): task.entry.scene for task in left}.values():
             answer()
@@ -103,6 +102,7 @@ def cut_entries(
         tell()
         work(left, out, options, tell)
     counts = write_tables(out, planned, entries)
+    _tell_empty(counts["chips"], planned, options)
     write_text(out / NOTE, json.dumps(asked | {"counts": counts}, indent=1))
     _tidy(out)
     return _ended(out, counts)
@@ -243,18 +243,17 @@ def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
     return "the scenes differ"
 
 
-def _tell_empty(planned: Plan, options: ChipOptions) -> None:
-    empty = [
-        name
-        for name, share in zip(SPLITS, options.split, strict=True)
-        if share > 0 and not planned.area[name]
-    ]
+def _tell_empty(chips: dict[str, int], planned: Plan, options: ChipOptions) -> None:
+    """Warn where a split that was asked for got no chip."""
+    empty = [name for name, share in zip(SPLITS, options.split, strict=True) if share > 0 and not chips[name]]
     if empty:
-        blocks = "the scenes have too few blocks of ground to fill it"
-        warnings.warn(
-            f"no chip goes to {' and '.join(empty)}: {blocks}; lower --block or --size, or add scenes",
-            stacklevel=4,
-        )
+        why = "the scenes have too few blocks of ground to fill it; lower --block or --size, or add scenes"
+        if any(planned.area[name] for name in empty):
+            why = (
+                "on the ground that was for it no chip has an object and a valid pixel, or another split needs them "
+                "all; lower --block, raise --background, choose another --seed, or add scenes"
+            )
+        warnings.warn(f"no chip goes to {' and '.join(empty)}: {why}", stacklevel=4)
 
 
 Work = Callable[[Sequence[Task], Path, ChipOptions, Callable[[], None]], None]

@@ -161,7 +161,7 @@ def _chip_options(command: Command) -> Command:
                 default=0.3,
                 show_default=True,
                 metavar="0..1",
-                help="Objects with more of their area than this outside a chip are dropped from it.",
+                help="Objects with more of their area than this outside a chip, or not valid, are dropped from it.",
             ),
             click.option(
                 "--seed", type=int, default=0, show_default=True, help="Of the splits and the background."
