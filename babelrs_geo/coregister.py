@@ -38,7 +38,11 @@ from babelrs_geo.sensors import Radiometry, Sensor, magnitude
 Floats = NDArray[np.float64]
 
 _STEP = 32  # pixels between places that are mapped exactly; in between they are interpolated
-_BLOCK = 1024  # pixels a side that are resampled at once
+_BLOCK = 1024  # pixels a side that are written at once
+_SOURCE = (
+    1 << 22
+)  # pixels of a scene that are held at once, about: a pixel of the grid may show many of a finer one
+_NOWHERE = -1e9  # pixels: far from any scene
 _LOOK = 512  # pixels a side of a window in which the shift is measured
 _LOOKS = 4  # windows a side
 _BLUR = 1.5  # pixels: the low pass of the spectra
@@ -164,21 +168,15 @@ class Onto:
 
     def read(self, window: tuple[int, int, int, int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Numbers `(band, y, x)` of the radiometry's bands and validity of a window of the grid."""
-        scene, bands = self.scene, self.scene.radiometry.bands
-        out = np.zeros((len(bands), window[3], window[2]), np.float64)
+        scene = self.scene
+        out = np.zeros((len(scene.radiometry.bands), window[3], window[2]), np.float64)
         share = np.zeros(out.shape[1:])
         sx, sy = self._places(window)
-        rx, ry = self._reach
-        if not np.isfinite(sx + sy).all():
-            sx, sy = np.nan_to_num(sx, nan=-1e9), np.nan_to_num(sy, nan=-1e9)
-        x0, y0 = max(0, int(sx.min() - rx) - 1), max(0, int(sy.min() - ry) - 1)
-        x1, y1 = min(scene.width, int(sx.max() + rx) + 2), min(scene.height, int(sy.max() + ry) + 2)
-        if x0 < x1 and y0 < y1:
-            raw, valid = scene.read_both((x0, y0, x1 - x0, y1 - y0))
-            planes = magnitude(raw[[b - 1 for b in bands]]).astype(np.float64)
-            planes = _to_mean(scene.radiometry, np.where(valid, planes, 0.0))
-            planes[:, ~valid] = 0.0
-            _gather(planes, valid, sx - x0, sy - y0, rx, ry, out, share)
+        side = max(1, int(np.sqrt(_SOURCE / np.prod(self._reach))))
+        for y in range(0, window[3], side):
+            for x in range(0, window[2], side):
+                part = slice(y, y + side), slice(x, x + side)
+                self._add(sx[part], sy[part], out[:, *part], share[part])
         seen = share >= 0.5
         out[:, seen] /= share[seen]
         out = _from_mean(scene.radiometry, out)
@@ -187,6 +185,25 @@ class Onto:
             info = np.iinfo(self.dtype)
             out = np.clip(np.rint(out), info.min, info.max)
         return out.astype(self.dtype), seen
+
+    def _add(self, sx: Floats, sy: Floats, out: Floats, share: Floats) -> None:
+        """Add what the scene has at places (sx, sy) to `out`, and how much of it is valid to `share`."""
+        scene, bands = self.scene, self.scene.radiometry.bands
+        rx, ry = self._reach
+        placed = np.isfinite(sx + sy)
+        if not placed.any():
+            return
+        x0, y0 = max(0, int(sx[placed].min() - rx) - 1), max(0, int(sy[placed].min() - ry) - 1)
+        x1 = min(scene.width, int(sx[placed].max() + rx) + 2)
+        y1 = min(scene.height, int(sy[placed].max() + ry) + 2)
+        if x0 >= x1 or y0 >= y1:
+            return
+        sx, sy = np.where(placed, sx, _NOWHERE), np.where(placed, sy, _NOWHERE)
+        raw, valid = scene.read_both((x0, y0, x1 - x0, y1 - y0))
+        planes = magnitude(raw[[b - 1 for b in bands]]).astype(np.float64)
+        planes = _to_mean(scene.radiometry, np.where(valid, planes, 0.0))
+        planes[:, ~valid] = 0.0
+        _gather(planes, valid, (x0, y0), (sx, sy), (rx, ry), out, share)
 
     def _places(self, window: tuple[int, int, int, int]) -> tuple[Floats, Floats]:
         """Where the centres of a window's pixels lie in the scene: exact every few pixels, linear in between."""
@@ -220,9 +237,13 @@ def _from_mean(how: Radiometry, planes: Floats) -> Floats:
 
 
 @compiled
-def _gather(planes, valid, sx, sy, rx, ry, out, share):  # type: ignore[no-untyped-def]
-    """Sums under a triangle of half-widths rx, ry at places (sx, sy), weights in all 1, of valid pixels only."""
+def _gather(planes, valid, corner, places, reach, out, share):  # type: ignore[no-untyped-def]
+    """Sums under a triangle of half-widths `reach` at `places`, weights in all 1, of valid pixels only.
+
+    Places are pixels of the scene, of which `planes` begin at `corner`: parts of a scene give the same to the bit.
+    """
     rows, columns = valid.shape
+    (x0, y0), (sx, sy), (rx, ry) = corner, places, reach
     for i in range(sx.shape[0]):
         for j in range(sx.shape[1]):
             x, y = sx[i, j] - 0.5, sy[i, j] - 0.5  # of pixel centres
@@ -232,10 +253,11 @@ def _gather(planes, valid, sx, sy, rx, ry, out, share):  # type: ignore[no-untyp
                 for p in range(int(np.ceil(x - rx)), int(np.floor(x + rx)) + 1):
                     w = wy * (1.0 - abs(p - x) / rx)
                     whole += w
-                    if 0 <= q < rows and 0 <= p < columns and valid[q, p] and w > 0.0:
+                    u, v = p - x0, q - y0
+                    if 0 <= v < rows and 0 <= u < columns and valid[v, u] and w > 0.0:
                         share[i, j] += w
                         for b in range(planes.shape[0]):
-                            out[b, i, j] += w * planes[b, q, p]
+                            out[b, i, j] += w * planes[b, v, u]
             if whole > 0.0:
                 share[i, j] /= whole
                 for b in range(planes.shape[0]):

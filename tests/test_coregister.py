@@ -20,7 +20,7 @@ from babelrs_geo.chips.registered import cut_registered
 from babelrs_geo.coregister import Onto, Shared, align, measure, shared_grid
 from babelrs_geo.errors import GeorefError, LabelError, OutputError, ParameterError
 from babelrs_geo.georef import Georef
-from babelrs_geo.scenes import SceneOptions, open_scene
+from babelrs_geo.scenes import Scene, SceneOptions, open_scene
 from babelrs_geo.vectors import read_labels as read_label_file
 
 PLAIN = SceneOptions(collar=False)
@@ -118,6 +118,30 @@ def test_resampling_follows_its_definition(tmp_path_factory, pixel, x, y, seed):
             full = np.zeros(weight.shape)
             full[inside] = values.ravel()
             assert got[0, i, j] == pytest.approx((weights * full).sum() / weights.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("turned", [0.0, 30.0])
+def test_of_a_finer_scene_parts_are_read_at_a_time_to_the_same_numbers(tmp_path, monkeypatch, turned):
+    """Memory does not grow with the ratio of the pixels' sizes."""
+    place = at(-500, -500, 1.25) @ rasterio.Affine.rotation(turned)
+    path = write_raster(tmp_path / "s", Raster(rgb_of(town(1600)), transform=place))
+    shared = Shared(Georef.from_affine(tuple(NORTH_UP), UTM), 150, 130)
+    read: list[int] = []
+    whole = Scene.read_both
+
+    def counted(self, window, **how):
+        read.append(window[2] * window[3])
+        return whole(self, window, **how)
+
+    monkeypatch.setattr(Scene, "read_both", counted)
+    with open_scene(path, "rgb", PLAIN) as scene:
+        expected, seen_all = Onto(scene, shared).read((3, 2, 140, 120))
+        (at_once,) = read
+        monkeypatch.setattr("babelrs_geo.coregister._SOURCE", 40_000)
+        got, seen_parts = Onto(scene, shared).read((3, 2, 140, 120))
+    assert got.tobytes() == expected.tobytes() and seen_parts.tobytes() == seen_all.tobytes()
+    assert seen_all.mean() > 0.5
+    assert len(read) > 20 and max(read[1:]) < 3 * 40_000 < at_once / 5
 
 
 def test_speckle_is_averaged_as_power_whatever_its_unit(tmp_path):
