@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,3 +34,8 @@ def draft(
     finally:
         with suppress(OSError):
             hidden.unlink(missing_ok=True)
+
+
+def is_draft(name: str) -> bool:
+    """Whether a file's name is one that `draft` writes to."""
+    return re.fullmatch(r"\..+\.[0-9]+", name) is not None

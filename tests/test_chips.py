@@ -572,6 +572,65 @@ def test_what_changes_a_label_or_a_place_is_another_run(tmp_path):
             cut_chips([scene], tmp_path / "b-chips", options=SMALL)
 
 
+def test_labels_in_pixels_are_refused_where_two_scenes_bear_their_name(tmp_path):
+    """Unless they show nothing of that name."""
+    quad = "20 15 40 15 40 35 20 35 ship 0\n"
+    for name in ("a", "b", "labels"):
+        (tmp_path / name).mkdir()
+    paths = [
+        write_raster(tmp_path / name, Raster(speckle(64, 64), crs=None, transform=None))
+        for name in ("a/img", "b/img", "other")
+    ]
+    box = shapely.box(20, 15, 40, 35)
+    with pytest.warns(UserWarning, match="'crs' was not provided"):
+        gpd.GeoDataFrame({"class": ["ship"], "scene": ["img.tif"]}, geometry=[box]).to_file(
+            tmp_path / "l.gpkg"
+        )
+    (tmp_path / "labels" / "img.txt").write_text(quad)
+    with ExitStack() as stack:
+        scenes = [stack.enter_context(open_scene(path, "sar")) for path in paths]
+        for labels in ("labels", "l.gpkg"):
+            given_ = [read_label_file(tmp_path / labels)]
+            with pytest.raises(LabelError, match=r"a/img\.tif and .*b/img\.tif are both named img") as caught:
+                cut_chips(scenes, tmp_path / "chips", given_, SMALL)
+            assert "\n" not in str(caught.value)
+        (tmp_path / "labels" / "img.txt").rename(tmp_path / "labels" / "other.txt")
+        with pytest.warns(UserWarning, match="no label lies on scene img"):
+            cut_chips(scenes, tmp_path / "chips", [read_label_file(tmp_path / "labels")], SMALL)
+    assert set(read_labels(tmp_path / "chips")["chip"]) == {"other_0_0"}
+
+
+def test_what_is_not_a_draft_of_its_own_stays_in_the_folder(tmp_path):
+    chips = tmp_path / "chips"
+    with open_scene(write_raster(tmp_path / "scene", Raster(speckle(64, 64))), "sar") as scene:
+
+        def add(done: int, total: int) -> None:
+            (chips / ".git").mkdir(exist_ok=True)
+            for name in (".gitignore", ".git/.x", ".hidden.tif", "images/.scene_0_0.tif.4711"):
+                (chips / name).parent.mkdir(exist_ok=True)
+                (chips / name).write_text("mine")
+
+        cut_chips([scene], chips, options=SMALL, progress=add)
+    left = {name for name in contents(chips) if Path(name).name.startswith(".")}
+    assert left == {".gitignore", ".git/.x", ".hidden.tif"}
+
+
+def test_where_another_run_of_the_folder_ends_first_it_is_told(tmp_path):
+    path = write_raster(tmp_path / "scene", Raster(speckle(64, 64)))
+    other = list[int]()
+
+    def race(done: int, total: int) -> None:
+        if done == total and not other:
+            with open_scene(path, "sar") as again:
+                other.append(sum(cut_chips([again], tmp_path / "chips", options=SMALL).chips.values()))
+
+    with open_scene(path, "sar") as scene:
+        with pytest.raises(OutputError, match="another run") as caught:
+            cut_chips([scene], tmp_path / "chips", options=SMALL, progress=race)
+        assert "\n" not in str(caught.value)
+        assert other == [sum(cut_chips([scene], tmp_path / "chips", options=SMALL).chips.values())]
+
+
 @pytest.mark.parametrize("lost", [2, 3])
 def test_a_process_that_is_lost_costs_nothing_twice(tmp_path, lost):
     path = write_raster(

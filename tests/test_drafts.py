@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from babelrs_geo.drafts import draft
+from babelrs_geo.drafts import draft, is_draft
 from babelrs_geo.errors import OutputError, SceneError
 
 
@@ -21,6 +21,15 @@ def test_a_draft_takes_the_place_of_what_was_there(tmp_path):
     beside = tmp_path / "plain"
     beside.write_text("")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(beside.stat().st_mode)
+
+
+def test_a_draft_is_known_by_its_name(tmp_path):
+    for name in ("told.json", ".told.json", "told"):
+        with draft(tmp_path / name) as hidden:
+            assert is_draft(hidden.name)
+            hidden.write_text("")
+        assert not is_draft(name)
+    assert not any(map(is_draft, (".12", "told.12", ".gitignore", ".git", ".told.json.x", ".")))
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])

@@ -28,7 +28,8 @@ from babelrs_geo.chips.options import SPLITS, ChipOptions
 from babelrs_geo.chips.plan import Entry, Plan, Task, plan
 from babelrs_geo.chips.tables import INDEX, NOTE, write_tables, write_text
 from babelrs_geo.cluster import CUTTING, Workers, connect, first, held_back, pool
-from babelrs_geo.errors import OutputError, ParameterError
+from babelrs_geo.drafts import is_draft
+from babelrs_geo.errors import LabelError, OutputError, ParameterError
 from babelrs_geo.scenes import Scene, file_state
 from babelrs_geo.vectors import Labels, Objects
 
@@ -112,6 +113,7 @@ def _entries(scenes: Sequence[Scene], labels: Sequence[Labels]) -> list[Entry]:
     """Scenes with names that are theirs alone, and their labels."""
     if not scenes:
         raise ParameterError("no scene was given; pass at least one")
+    _refuse_one_name(scenes, labels)
     entries: list[Entry] = []
     for scene in scenes:
         if any(scene.path == other.source for other in entries):
@@ -123,6 +125,18 @@ def _entries(scenes: Sequence[Scene], labels: Sequence[Labels]) -> list[Entry]:
         objects = objects_on(scene, [each.on(stem, scene.georef, alone=len(scenes) == 1) for each in labels])
         entries.append(Entry(name, name, scene.path, scene, objects))
     return entries
+
+
+def _refuse_one_name(scenes: Sequence[Scene], labels: Sequence[Labels]) -> None:
+    """LabelError where labels in pixels bear the name of several scenes."""
+    for each in labels:
+        for name in sorted(each.named):
+            alike = dict.fromkeys(scene.path for scene in scenes if Path(scene.name).stem == name)
+            if len(alike) > 1:
+                raise LabelError(
+                    f"{' and '.join(alike)} are both named {name}, and {each.path} has labels in pixels of {name}: "
+                    "whose they are cannot be told; rename a scene and its labels, or tile each in a run of its own"
+                )
 
 
 def objects_on(scene: Scene, found: Sequence[Objects]) -> Objects | None:
@@ -351,6 +365,6 @@ def _ended(out: Path, counts: dict[str, Any]) -> Cut:
 def _tidy(out: Path) -> None:
     """Remove the parts of the index, and what killed processes left half written."""
     shutil.rmtree(out / SPOOL, ignore_errors=True)
-    for draft in out.rglob(".*"):
-        if draft.is_file():
-            draft.unlink(missing_ok=True)
+    for path in out.rglob(".*"):
+        if is_draft(path.name) and path.is_file():
+            path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from babelrs_geo.boxes import corners
 from babelrs_geo.chips.cut import part_path
 from babelrs_geo.chips.plan import Entry, Plan
 from babelrs_geo.drafts import draft
-from babelrs_geo.errors import LabelError
+from babelrs_geo.errors import LabelError, OutputError
 from babelrs_geo.georef import Georef
 from babelrs_geo.scenes import Scene, SceneOptions, open_scene
 from babelrs_geo.sensors import Radiometry
@@ -75,7 +75,7 @@ def write_tables(folder: Path, plan: Plan, entries: Sequence[Entry]) -> dict[str
     about = {id(entry): _about(entry) for entry in entries}
     told_of: set[str] = set()
     for task in plan.tasks:
-        told = json.loads(part_path(folder, task.key).read_text())
+        told = _part(folder, task.key)
         planned = {chip.name: chip for region in task.regions for chip in region.chips}
         entry = task.entry
         for name, valid, objects, dropped in told["chips"]:
@@ -101,6 +101,18 @@ def write_tables(folder: Path, plan: Plan, entries: Sequence[Entry]) -> dict[str
         "objects": len(table),
         "left_out_for_other_splits": plan.conflicts,
     }
+
+
+def _part(folder: Path, key: str) -> dict[str, list[Any]]:
+    """What a task left. OutputError where it is gone."""
+    try:
+        part: dict[str, list[Any]] = json.loads(part_path(folder, key).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OutputError(
+            f"{folder} lost part {key} of its index, as where another run of the same folder ended first; run the same "
+            "again, once no other does: it goes on from what is there"
+        ) from error
+    return part
 
 
 def _about(entry: Entry) -> dict[str, Any]:

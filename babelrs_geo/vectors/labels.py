@@ -80,6 +80,15 @@ class Labels:
     images: dict[str, list[tuple[Floats, str, bool]]] = field(default_factory=dict)
     """Files of pixels: by image (name without suffix), corners (K, 2), class, and whether oriented."""
 
+    @property
+    def named(self) -> set[str]:
+        """Names (without suffix) of the scenes that labels in pixels say they are of; empty for those on the ground."""
+        if self.frame is None:
+            return set(self.images)
+        if self.frame.crs is not None or "scene" not in self.frame:
+            return set()
+        return {Path(str(v)).stem for v in self.frame["scene"]}
+
     def on(self, name: str, georef: Georef, *, alone: bool) -> Objects:
         """The objects in the pixels of the scene `name` (without suffix), in the file's order.
 
