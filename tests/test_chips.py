@@ -509,14 +509,14 @@ def test_every_block_of_the_file_is_read_once(tmp_path, monkeypatch, layout):
 
 
 def test_chips_are_the_same_whoever_works_and_a_whole_run_does_nothing(tmp_path):
-    path = write_raster(
-        tmp_path / "scene",
-        Raster(speckle(1100, 1100, 3), creation={"tiled": True, "blockxsize": 128, "blockysize": 128}),
-    )
+    valid = np.ones((1100, 1100), bool)
+    valid[300:620, 300:620] = False
+    tiled = {"tiled": True, "blockxsize": 128, "blockysize": 128}
+    path = write_raster(tmp_path / "scene", Raster(speckle(1100, 1100, 3), mask=valid, creation=tiled))
     labels = read_label_file(
         write_labels(tmp_path / "labels.gpkg", [(i, i, 9, 5, i) for i in range(0, 1100, 7)])
     )
-    options = ChipOptions(size=128, overlap=32)
+    options = ChipOptions(size=128, overlap=32, background=0.5)
     with open_scene(path, "rgb") as scene:
         alone = cut_chips([scene], tmp_path / "one", [labels], options)
         together = cut_chips([scene], tmp_path / "two", [labels], options, Workers(processes=2))
@@ -531,7 +531,7 @@ def test_chips_are_the_same_whoever_works_and_a_whole_run_does_nothing(tmp_path)
         assert cut_chips([scene], tmp_path / "one", [labels], options) == alone
         assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")}
         with pytest.raises(OutputError, match=r"cut otherwise \(overlap 32 there, 30 now\)"):
-            cut_chips([scene], tmp_path / "one", [labels], ChipOptions(size=128, overlap=30))
+            cut_chips([scene], tmp_path / "one", [labels], ChipOptions(size=128, overlap=30, background=0.5))
         with pytest.raises(OutputError, match="no chip folder"):
             cut_chips([scene], tmp_path, [labels], options)
         with pytest.raises(ParameterError, match="given twice"):

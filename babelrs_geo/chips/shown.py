@@ -49,27 +49,24 @@ def where_valid(found: Shown, objects: Objects, rect: Rect, valid: NDArray[np.bo
     """The same of valid pixels (y, x) of the chip alone."""
     if valid.all() or not len(found.rows):
         return found
-    mine = objects.boxes[found.rows]
-    edges = boxes.bounds(mine) - (rect.x, rect.y, rect.x, rect.y)
-    low = np.maximum(np.floor(edges[:, :2]), 0).astype(int)
-    high = np.ceil(edges[:, 2:]).astype(int)
-    hidden = np.zeros(len(mine))
-    for n, ((x0, y0), (x1, y1)) in enumerate(zip(low, high, strict=True)):
-        runs = _runs(~valid[y0:y1, x0:x1])
-        if len(runs):
-            runs += (x0 + rect.x, y0 + rect.y, x0 + rect.x, y0 + rect.y)
-            hidden[n] = boxes.intersection_pairs(
-                np.repeat(mine[n : n + 1], len(runs), 0), boxes.from_xyxy(runs)
-            ).sum()
+    mine = objects.boxes[found.rows] - (rect.x, rect.y, 0, 0, 0)
+    edges = boxes.bounds(mine)
+    low, high = np.maximum(np.floor(edges[:, :2]), 0).astype(int), np.ceil(edges[:, 2:]).astype(int)
+    runs = [_runs(~valid[y0:y1, x0:x1], x0, y0) for (x0, y0), (x1, y1) in zip(low, high, strict=True)]
+    owner = np.repeat(np.arange(len(mine)), [len(each) for each in runs])
+    areas = boxes.intersection_pairs(mine[owner], boxes.from_xyxy(np.concatenate(runs)))
+    hidden = np.bincount(owner, areas, len(mine))
     return replace(found, shares=found.shares - hidden / boxes.areas(mine))
 
 
-def _runs(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Rectangles (N, 4) `x1, y1, x2, y2` that cover what is True, one a row and run."""
+def _runs(mask: NDArray[np.bool_], x: int, y: int) -> NDArray[np.float64]:
+    """Rectangles (N, 4) `x1, y1, x2, y2`, one a row and run, of what is True in a mask whose corner is (x, y)."""
+    if not mask.any():
+        return np.zeros((0, 4))
     steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     row, start = np.nonzero(steps == 1)
     end = np.nonzero(steps == -1)[1]
-    return np.stack([start, row, end, row + 1], 1).astype(np.float64)
+    return np.stack([start + x, row + y, end + x, row + y + 1], 1).astype(np.float64)
 
 
 def background(name: str, options: ChipOptions) -> bool:
