@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 # `detect` is both a module and, here, the function: imported at once, because importing the module later
 # would put the module in the function's place. The module itself imports nothing heavy until it is called.
-from babelrs_geo.detect import DetectOptions, Found, detect
+from babelrs_geo.detect import DetectOptions, Found, Running, detect
 
 if TYPE_CHECKING:
+    from babelrs_geo.cluster import Workers
     from babelrs_geo.scenes import Scene, SceneOptions, open_scene
     from babelrs_geo.sensors import Sensor
 
@@ -25,15 +26,23 @@ __version__ = "0.1.0"
 __all__ = [
     "DetectOptions",
     "Found",
+    "Running",
     "Scene",
     "SceneOptions",
     "Sensor",
+    "Workers",
     "__version__",
     "detect",
     "open_scene",
 ]
 
-_LAZY = {"Scene": "scenes", "SceneOptions": "scenes", "open_scene": "scenes", "Sensor": "sensors"}
+_LAZY = {
+    "Scene": "scenes",
+    "SceneOptions": "scenes",
+    "Sensor": "sensors",
+    "Workers": "cluster",
+    "open_scene": "scenes",
+}
 
 
 def __getattr__(name: str) -> Any:

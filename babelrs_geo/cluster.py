@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from babelrs_geo import allocation
-from babelrs_geo.errors import ParameterError
+from babelrs_geo.errors import BabelError, ParameterError, SchedulerError
 
 CUTTING = ("babelrs_geo.chips.cut", "dask.multiprocessing")
 """What those who cut chips import."""
@@ -30,6 +30,8 @@ REPLACED = 5.0
 """Seconds between looks at whether a local cluster has all its processes."""
 HEEDED = 0.1
 """Seconds between answers to an interrupt while results are waited for."""
+IDLE = 60.0
+"""Seconds without a result after which it is asked why."""
 
 T = TypeVar("T")
 
@@ -98,13 +100,22 @@ def _leave_with_parent() -> None:
 def connect(workers: Workers) -> Iterator[Any]:
     """A `distributed.Client` of the user's scheduler, or of processes that end with the block.
 
-    Raises ParameterError where no scheduler answers.
+    Raises ParameterError where no scheduler answers, or processes cannot be started; SchedulerError, within the block,
+    where one no longer does.
     """
     stack = ExitStack()
     try:
         with held_back():
             client = _client(workers, stack)
         yield client
+    except (CancelledError, OSError) as error:
+        # what was under way is cancelled where the connection is lost, if for a moment
+        if isinstance(error, BabelError) or (isinstance(error, OSError) and client.status == "running"):
+            raise
+        raise SchedulerError(
+            f"the Dask scheduler no longer answers ({type(error).__name__}: {' '.join(str(error).split())}); what is "
+            "done is kept: run the same again, detect with --resume"
+        ) from error
     finally:
         with held_back():
             stack.close()
@@ -133,16 +144,22 @@ def _client(workers: Workers, stack: ExitStack) -> Any:
     # distributed makes its workers give every large array back to the kernel at once, and the pages are asked for anew
     environ = dask.config.get("distributed.nanny.pre-spawn-environ") | allocation.environment()
     stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": environ}))
-    cluster = stack.enter_context(
-        LocalCluster(
-            n_workers=workers.processes,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=":0",  # None is a fixed port, which a second run finds taken
-            memory_limit=0,
-            silence_logs=50,
+    try:
+        cluster = stack.enter_context(
+            LocalCluster(
+                n_workers=workers.processes,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=":0",  # None is a fixed port, which a second run finds taken
+                memory_limit=0,
+                silence_logs=50,
+            )
         )
-    )
+    except RuntimeError as error:
+        raise ParameterError(
+            f"{workers.processes} processes cannot be started ({' '.join(str(error).split())}); a script "
+            'starts some under `if __name__ == "__main__":`, since each of them imports it'
+        ) from error
     client = stack.enter_context(Client(cluster, set_as_default=False))
     stack.enter_context(_kept(cluster, workers.processes))
     client.register_plugin(Deaf())
@@ -246,15 +263,18 @@ def held_back() -> Iterator[Callable[[], None]]:
         answer()
 
 
-def first(ended: SimpleQueue[T]) -> T:
-    """What is put there next; an interrupt is answered meanwhile."""
+def first(ended: SimpleQueue[T], idle: Callable[[], None] | None = None) -> T:
+    """What is put there next; an interrupt is answered meanwhile, and `idle` called after each minute of waiting."""
+    began = time.monotonic()
     with held_back() as answer:
         while True:
             answer()
             try:
                 return ended.get(timeout=HEEDED)
             except Empty:
-                pass
+                if idle is not None and time.monotonic() - began > IDLE:
+                    idle()
+                    began = time.monotonic()
 
 
 def dashboard(client: Any) -> str | None:

@@ -7,6 +7,7 @@
     ├── LabelError       (ValueError)  vectors, labels or an area of interest cannot be used
     ├── ParameterError   (ValueError)  an option is out of range or contradicts another
     │   └── BatchError                 the memory does not suffice for a batch of tiles
+    ├── SchedulerError   (ConnectionError)  a Dask scheduler that the work was given to no longer answers
     ├── WeightsError     (ValueError)  a checkpoint is missing, damaged, or lacks what was asked of it
     ├── TrainingError    (ArithmeticError)  training cannot go on: no number for a loss, or lost workers
     └── OutputError      (OSError)     a result cannot be written where it was asked for
@@ -42,6 +43,10 @@ class ParameterError(BabelError, ValueError):
 
 class BatchError(ParameterError):
     """The memory does not suffice for a batch of tiles."""
+
+
+class SchedulerError(BabelError, ConnectionError):
+    """A Dask scheduler that the work was given to no longer answers."""
 
 
 class WeightsError(BabelError, ValueError):

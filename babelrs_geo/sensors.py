@@ -71,6 +71,7 @@ KINDS: dict[Sensor, tuple[str, ...]] = {
 """The units each sensor can be in."""
 
 _DB_FLOOR = -200.0  # dB: amplitude 1e-10, zero for every purpose, yet a number JSON can hold
+_MOST_DB = 100.0  # of a median, without its sign
 _SAR_BACKGROUND = 12.0  # high = this times the 25th percentile of the amplitude
 
 
@@ -251,8 +252,15 @@ def sar_range(kind: str, values: NDArray[np.float64]) -> tuple[float, float]:
     """What becomes 0 and 1 for SAR, in the kind's unit, from finite values in that unit, not empty.
 
     From amplitude 0 to twelve times its 25th percentile, or to its 95th where that is larger (the module's
-    text says why). Where 95 % of the scene are zero, the brightest pixel is the top.
+    text says why). Where 95 % of the scene are zero, the brightest pixel is the top. Raises SensorError for
+    numbers that are no decibels.
     """
+    middle = float(np.median(values))
+    if kind == "db" and abs(middle) > _MOST_DB:
+        raise SensorError(
+            f"sar in dB has a median of {middle:g}, expected -{_MOST_DB:g} to {_MOST_DB:g}; give the file its scale "
+            "(gdal_edit.py -scale 0.01 for hundredths), or say what the numbers are with --units"
+        )
     amplitude = to_linear(kind, values)
     p25, p95 = np.percentile(amplitude, [25.0, 95.0])
     high = float(max(_SAR_BACKGROUND * p25, p95)) or float(amplitude.max()) or 1.0
@@ -297,6 +305,8 @@ _SAR_WORDS = re.compile(
     re.IGNORECASE,
 )
 _SAR_NAME = re.compile(r"^s1[abcd][-_](iw|ew|sm|wv|s\d|iw\d)[-_]|umbra|iceye|capella", re.IGNORECASE)
+_COLOUR_WORDS = re.compile(r"(?<!infra[ -])(?<!coastal )\b(red|green|blue)\b(?!.?edge)", re.IGNORECASE)
+_SAYS_NOTHING = re.compile(r"((band|layer)?\W*\d+)?", re.IGNORECASE)
 _IR_WORDS = re.compile(
     r"thermal|\blwir\b|\bmwir\b|microbolometer|brightness.temperature|\bflir\b|zenmuse.?(xt|h20t|h30t)|radiometric.temperature",
     re.IGNORECASE,
@@ -405,17 +415,25 @@ def _polarised(about: Bands, asked: str | None) -> int:
 
 
 def _red_green_blue(about: Bands) -> tuple[int, ...]:
-    """Bands in the order red, green, blue: by colour interpretation, by description, else the first three."""
+    """Bands in the order red, green, blue: by colour interpretation, by description, else the first three of up to four
+    that say nothing of themselves.
+    """
     colours = about.colours
     if len(colours) < 3:
         raise SensorError(
             f"rgb takes 3 bands, but {about.name} has {len(colours)}; pass --sensor sar or ir if it is one"
         )
     by_colour = {about.interpretations[b - 1]: b for b in reversed(colours)}
-    by_label = {about.label(b).strip().lower(): b for b in reversed(colours)}
+    told = {b: about.label(b).replace("_", " ").strip() for b in colours}
+    by_label = {m.group(1).lower(): b for b in reversed(colours) if (m := _COLOUR_WORDS.search(told[b]))}
     for held in (by_colour, by_label):
         if {"red", "green", "blue"} <= held.keys():
             return held["red"], held["green"], held["blue"]
+    if len(colours) > 4 or (len(colours) == 4 and not all(map(_SAYS_NOTHING.fullmatch, told.values()))):
+        raise SensorError(
+            f"which of the {len(colours)} bands of {about.name} are red, green and blue is not said; pass them, such "
+            "as --bands 3,2,1"
+        )
     return colours[0], colours[1], colours[2]
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -17,6 +18,7 @@ from babelrs_geo import __version__, cli
 from babelrs_geo.cli import detect as verbs
 from babelrs_geo.cli import program
 from babelrs_geo.cli import progress as bars
+from babelrs_geo.errors import BatchError
 
 SMALL = ["--tile", "48", "--overlap", "16"]
 detect_module = sys.modules["babelrs_geo.detect"]  # the package's own name is the function
@@ -166,6 +168,19 @@ def test_a_wrong_option_does_not_cost_what_an_earlier_run_did(harbour, weights, 
         assert sorted(path.name for path in parts.iterdir()) == kept
     assert call("detect", harbour, "--sensor", "sar", *SMALL, "--resume").exit_code == 0
     assert not parts.exists() and len(gpd.read_file("harbour_detections.gpkg", layer="detections")) == 4
+
+
+def test_what_is_done_stays_where_memory_runs_out(harbour, weights, tmp_path, monkeypatch):
+    def full(scene, weights, options, progress, running):
+        Path(running.spool).mkdir()
+        Path(running.spool, "00000000.arrow").touch()
+        raise BatchError("out of memory with a batch of 2 tiles")
+
+    monkeypatch.setattr(detect_module, "detect", full)
+    result = call("detect", harbour, "--sensor", "sar", *SMALL)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "--resume with the same batch, or --overwrite with a smaller one" in result.stderr
+    assert (tmp_path / ".harbour_detections.gpkg.parts" / "00000000.arrow").exists()
 
 
 def interrupt(*_, **__):

@@ -195,6 +195,19 @@ def test_a_chip_folder_is_judged_like_a_benchmark(weights, chips, tmp_path):
     assert "1 objects of class boat, which the weights do not know" in (tmp_path / "r/report.md").read_text()
 
 
+def test_what_is_labelled_on_invalid_pixels_does_not_count(chips, tmp_path):
+    shutil.copytree(chips, tmp_path / "chips")
+    labels = gpd.read_parquet(chips / "labels.parquet")
+    left = (labels["chip"] == labels["chip"].min()) & (labels["class"] == "ship")
+    labels.loc[labels.index[left][:2], ["cx", "cy"]] = [[5.0, 5.0], [15.0, 5.0]]
+    labels.to_parquet(tmp_path / "chips" / "labels.parquet")
+    before, after = (
+        sum(len(frame.truth) for frame in find_frames(folder, header())[0]["sar"])
+        for folder in (chips, tmp_path / "chips")
+    )
+    assert after == before - 1
+
+
 def test_what_is_found_on_invalid_pixels_does_not_count(chips, monkeypatch):
     frames = find_frames(chips, header())[0]["sar"]
     torch.manual_seed(0)
@@ -559,7 +572,9 @@ def test_bad_input_ends_in_one_line(weights, soi, tmp_path):
         (2, "either --data, or --detections", ()),
         (2, "either --data, or --detections", (*data, *ground, "--labels", labels)),
         (2, "either --data, or --detections", ground),
-        (2, "--matches goes with", (*data, "--matches")),
+        (2, "--matches goes with --detections and --labels", (*data, "--matches")),
+        (2, "--iou goes with --detections and --labels", (*data, "--iou", 0.75)),
+        (2, "--split goes with --data", (*ground, "--labels", labels, "--split", "val")),
         (2, "expected FROM=TO", (*data, "--rename", "Ship")),
         (2, "is no split", (*data, "--split", "radar=val")),
         (1, "holds no labelled images", ("--weights", weights, "--data", tmp_path)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -196,7 +198,23 @@ def test_metadata_that_settles_nothing_is_told_with_the_remedy(about):
             bands(interpretations=("undefined",) * 4, descriptions=("Blue", "Green", "Red", "NIR")),
             (3, 2, 1),
         ),
-        (Sensor.RGB, bands(interpretations=("gray", *("undefined",) * 4)), (1, 2, 3)),
+        (
+            Sensor.RGB,
+            bands(
+                interpretations=("gray", *("undefined",) * 5),
+                descriptions=("Coastal blue", "1: Blue", "green_band", "near infra-red", "Red edge", "Red"),
+            ),
+            (6, 3, 2),
+        ),
+        (Sensor.RGB, bands(interpretations=("gray", *("undefined",) * 3)), (1, 2, 3)),
+        (
+            Sensor.RGB,
+            bands(
+                interpretations=("gray", *("undefined",) * 3),
+                descriptions=[f"Band_{k}" for k in (1, 2, 3, 4)],
+            ),
+            (1, 2, 3),
+        ),
         (Sensor.SAR, bands(interpretations=("gray", "undefined"), descriptions=("VH", "VV")), (2,)),
         (Sensor.SAR, bands(interpretations=("gray", "undefined")), (1,)),
         (Sensor.SAR, bands(interpretations=("gray", "alpha")), (1,)),
@@ -206,6 +224,18 @@ def test_metadata_that_settles_nothing_is_told_with_the_remedy(about):
 )
 def test_bands_are_chosen_by_colour_and_polarisation(sensor, about, expected):
     assert choose_bands(sensor, about) == expected
+
+
+def test_numbers_that_are_no_decibels_are_refused():
+    hundredths = 100 * RNG.normal(-12, 3, (1, 4000))
+    about = bands("int16", descriptions=("VV dB",))
+    assert choose_kind(Sensor.SAR, about, (1,), hundredths) == "db"
+    with pytest.raises(
+        SensorError, match=r"a median of -1\d{3}\S* expected -100 to 100; give the file its scale"
+    ):
+        estimate(Sensor.SAR, "db", (1,), hundredths, about)
+    scaled = replace(about, scale=(0.01,))
+    assert 0 < estimate(Sensor.SAR, "db", (1,), hundredths, scaled).high[0] < 30
 
 
 def test_a_polarisation_and_bands_can_be_asked_for():
@@ -221,6 +251,12 @@ def test_a_polarisation_and_bands_can_be_asked_for():
     [
         (Sensor.RGB, bands(), {}),
         (Sensor.RGB, bands("uint8", ("palette",)), {}),
+        (Sensor.RGB, bands(interpretations=("gray", *("undefined",) * 4)), {}),
+        (
+            Sensor.RGB,
+            bands(interpretations=("gray", *("undefined",) * 3), descriptions=("B02", "B03", "B04", "B08")),
+            {},
+        ),
         (Sensor.RGB, bands("uint8", RGB), {"polarisation": "VV"}),
         (Sensor.RGB, bands("uint8", RGB), {"bands": (1, 2)}),
         (Sensor.RGB, bands("uint8", RGB), {"bands": (1, 2, 4)}),

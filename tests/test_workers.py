@@ -18,6 +18,7 @@ import dask
 import numpy as np
 import pytest
 import torch
+from distributed import LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kills import drafts, end_at_random, last_words
@@ -28,8 +29,9 @@ from tiny_model import TINY
 
 from babelrs_geo import cluster
 from babelrs_geo.cluster import Workers, connect, held_back
+from babelrs_geo.detect.crew import _shared_threads
 from babelrs_geo.detections import Detections
-from babelrs_geo.errors import OutputError, ParameterError, SceneError
+from babelrs_geo.errors import OutputError, ParameterError, SceneError, SchedulerError
 from babelrs_geo.inference import FAILED, INVALID, Group, InferenceOptions, Look, Part, gather, over_dask, run
 from babelrs_geo.inference.spool import Spool
 from babelrs_geo.models import checkpoints
@@ -419,6 +421,49 @@ def test_a_schedulers_file_is_waited_for_and_an_interrupt_meanwhile_is_answered(
     threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt), held_back(), connect(Workers(scheduler=str(path), patience=60)):
         pass
+
+
+def test_a_lost_connection_ends_in_one_line_that_says_how_to_go_on(tmp_path):
+    (tmp_path / "seen").mkdir()
+    with open_scene(town(tmp_path / "town.tif"), "sar") as scene:
+        look, told = look_at(scene), []
+
+        def drop(done, total):
+            if not told:
+                told.append(done)
+                comm = client.scheduler_comm.comm
+                client.loop.add_callback(comm.abort)
+                while not comm.closed():
+                    time.sleep(0.01)
+
+        with (
+            pytest.raises(SchedulerError, match=r"no longer answers .*; what is done is kept: .* --resume"),
+            connect(Workers()) as client,
+        ):
+            gather(look, over_dask.crew(client, look, Bright(str(tmp_path / "seen"))), progress=drop)
+    assert told
+
+
+def test_a_scheduler_without_workers_is_told_of_and_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "IDLE", 0.5)
+    (tmp_path / "seen").mkdir()
+    with (
+        open_scene(town(tmp_path / "town.tif"), "sar") as scene,
+        LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=":0") as theirs,
+        connect(Workers(scheduler=theirs.scheduler_address)) as client,
+    ):
+        look = look_at(scene)
+        later = threading.Timer(2, theirs.scale, [1])
+        later.start()
+        with pytest.warns(UserWarning, match="has no workers: waiting for some"):
+            found = gather(look, over_dask.crew(client, look, Bright(str(tmp_path / "seen"))))
+        later.join()
+        assert same(found, alone(look))
+
+
+def test_threads_of_a_schedulers_workers_are_their_own():
+    assert _shared_threads(Workers(scheduler="tcp://host:8786")) is None
+    assert _shared_threads(Workers(processes=2)) == max(1, torch.get_num_threads() // 2)
 
 
 def test_a_process_that_its_nanny_has_given_up_is_replaced(monkeypatch):

@@ -17,7 +17,7 @@ from babelrs_geo import allocation
 from babelrs_geo.cli.options import ModelArguments, SceneArguments, model_options, scene_options, split
 from babelrs_geo.cli.program import EXIT_INCOMPLETE, EXIT_INTERRUPTED, stoppable, tell
 from babelrs_geo.cli.progress import duration, progress_bar
-from babelrs_geo.errors import BabelError, ParameterError, SceneError
+from babelrs_geo.errors import BabelError, BatchError, SceneError
 
 if TYPE_CHECKING:
     from babelrs_geo.detect import DetectOptions, Found, Running
@@ -128,9 +128,14 @@ def detect_verb(**given: Any) -> int:
                 raise
             tell("error", "stopped, and what is done is kept: run the same with --resume, and it goes on")
             return EXIT_INTERRUPTED
-        except (ParameterError, SceneError):
-            if not earlier:  # the same would end the same; what an earlier run did is not at fault
+        except BabelError as error:
+            # a scene that cannot be read ends the same again; what an earlier run did is not at fault
+            if (isinstance(error, SceneError) and not earlier) or not any(spool.glob("*.arrow")):
                 shutil.rmtree(spool, ignore_errors=True)
+            elif isinstance(error, BatchError):
+                raise BatchError(
+                    f"{error}; what is done is kept: --resume with the same batch, or --overwrite with a smaller one"
+                ) from error
             raise
         shutil.rmtree(spool, ignore_errors=True)
         seconds = time.perf_counter() - start

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from babelrs_geo import allocation
 from babelrs_geo.cli.options import Command, Gsd, Listed, Named, Splits, apply, split
@@ -153,8 +154,7 @@ def evaluate_verb(**given: Any) -> None:
         ground.labels is None
     ):
         raise click.UsageError("give either --data, or --detections together with --labels")
-    if ground.matches and ground.detections is None:
-        raise click.UsageError("--matches goes with --detections and --labels")
+    _refuse_others(_ImageArguments if images.data is None else _GroundArguments)
     from babelrs_geo.evaluation import check_folder, write_report
     from babelrs_geo.evaluation.writing import plain
 
@@ -172,6 +172,16 @@ def evaluate_verb(**given: Any) -> None:
     elif not out.quiet:
         click.echo(_sentence(report.figures))
         click.echo(f"Written to {folder}/report.md in {duration(time.perf_counter() - start)}")
+
+
+def _refuse_others(kind: type[_ImageArguments] | type[_GroundArguments]) -> None:
+    """UsageError where something was typed that only goes with the other way to judge."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        typed = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if typed and option.name in {each.name for each in fields(kind)}:
+            with_it = "--data" if kind is _ImageArguments else "--detections and --labels"
+            raise click.UsageError(f"{option.opts[0]} goes with {with_it}")
 
 
 def _of_images(given: _ImageArguments, out: _ReportArguments) -> Report:

@@ -97,8 +97,10 @@ class DetectOptions:
         Grid(1, 1, tile, self.overlap)  # refuses what no grid can have
         if self.score is not None and not 0 <= self.score <= 1:
             raise ParameterError(f"score is {self.score:g}, expected a number from 0 to 1")
-        if self.classes is not None and not self.classes:
-            raise ParameterError("classes is empty: name at least one class, or leave it out for all")
+        if isinstance(self.classes, str) or (self.classes is not None and not self.classes):
+            raise ParameterError(
+                f'classes is "{self.classes or "empty"}"; expected names, such as ("ship",), or leave it out for all'
+            )
         if isinstance(self.gsd, str) and self.gsd != NATIVE:
             raise ParameterError(f'gsd is "{self.gsd}", expected metres per pixel or "{NATIVE}"')
         if isinstance(self.gsd, int | float) and not 0 < self.gsd < float("inf"):
@@ -109,9 +111,9 @@ class DetectOptions:
                 f"scales is {', '.join(f'{scale:g}' for scale in self.scales) or 'empty'}; expected 1 and numbers "
                 "between 0 and 1, each once, such as 1,0.25; to read all coarser or finer, pass --gsd"
             )
-        if self.batch != AUTO and (isinstance(self.batch, str) or self.batch < 1):
+        if self.batch != AUTO and not (isinstance(self.batch, int) and self.batch >= 1):
             raise ParameterError(f'batch is {self.batch}, expected a whole number of at least 1, or "{AUTO}"')
-        if self.threads is not None and self.threads < 1:
+        if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
             raise ParameterError(f"threads is {self.threads}, expected a whole number of at least 1")
 
 

@@ -36,7 +36,8 @@ class Running:
     workers: Workers = field(default_factory=Workers)
     """Processes of this machine, or those of a Dask scheduler."""
     spool: str | os.PathLike[str] | None = None
-    """A folder for what is done, so that a run that died can go on; None keeps it in memory alone."""
+    """A folder for what is done, so that a run that died can go on; None keeps it in memory alone. It belongs to one
+    scene's run, and is the caller's to remove once the result is saved."""
     resume: bool = False
     """Go on with what an earlier run of the same left in `spool`."""
     dashboard: Callable[[str], None] | None = None
@@ -63,7 +64,8 @@ class _Loader:
     score: float | None
     classes: tuple[str, ...]
     device: str
-    threads: int
+    threads: int | None
+    """None leaves a worker its own."""
 
     def __call__(self) -> list[Callable[[NDArray[np.float32]], list[Detections]]]:
         """The detectors. Raises WeightsError where the file is missing or another here."""
@@ -71,7 +73,8 @@ class _Loader:
 
         from babelrs_geo.models import zoo
 
-        torch.set_num_threads(self.threads)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         loaded = [zoo.load(self.weights, name) for name in devices(self.device)]
         if loaded[0].sha256 != self.sha256:
             raise WeightsError(
@@ -97,8 +100,6 @@ def crew_of(
         with torch_threads(where.threads):
             yield lambda groups, tick: look.parts(detectors, groups, tick)
         return
-    import torch
-
     from babelrs_geo.inference import over_dask
 
     if where.weights is None:
@@ -111,12 +112,21 @@ def crew_of(
         score=score,
         classes=classes,
         device=where.device,
-        threads=where.threads or max(1, torch.get_num_threads() // running.workers.processes),
+        threads=where.threads or _shared_threads(running.workers),
     )
     with connect(running.workers) as client:
         if running.dashboard is not None and (address := dashboard(client)):
             running.dashboard(address)
         yield over_dask.crew(client, look, load)
+
+
+def _shared_threads(workers: Workers) -> int | None:
+    """The threads here for each process of this machine; None for a scheduler's workers, which may be on others."""
+    if workers.scheduler is not None:
+        return None
+    import torch
+
+    return max(1, torch.get_num_threads() // workers.processes)
 
 
 def fitting_batch(

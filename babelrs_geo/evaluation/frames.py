@@ -36,7 +36,7 @@ class Frame:
     back: tuple[float, float]
     """Pixels of the labels a pixel of the image, in x and y."""
     truth: Detections
-    """What is there, with score 1, in pixels of the labels."""
+    """What is there and may be seen, with score 1, in pixels of the labels."""
     valid: NDArray[np.bool_] | None = None
     """(h, w) where the image was really seen; None for everywhere. What is centred elsewhere is not reported."""
 
@@ -223,14 +223,25 @@ def _chips(data: Path, sensor: str, header: Header, options: DataOptions) -> Fra
             rows, columns = chip.shape_at(plan.scale)
             pixels = chip.read((0, 0, columns, rows), plan.scale)
             extent = (0, 0, chip.width, chip.height)
-        truth = _truth(boxes[mine], numbers[mine], judged, sensor, extent)
         back = (extent[2] / columns, extent[3] / rows)
+        truth = _truth(boxes[mine], numbers[mine], judged, sensor, extent)
+        truth = truth[on_valid(truth, pixels.valid, back)]
         image = torch.from_numpy(np.ascontiguousarray(pixels.image))
         return Frame(row["chip"], image, (rows, columns), back, truth, pixels.valid)
 
     total = int((here & (numbers >= 0)).sum())
     frames = Frames(sensor, len(table), load, dict(sorted(counts.items())), objects=total)
     return _without(frames, known, judged)
+
+
+def on_valid(
+    objects: Detections, valid: NDArray[np.bool_], back: tuple[float, float] = (1.0, 1.0)
+) -> NDArray[np.bool_]:
+    """(N,) whether each object's centre was seen; `back` are its pixels to a pixel of `valid` (h, w)."""
+    column, row = (np.floor(objects.boxes[:, k] / back[k]).astype(np.int64) for k in (0, 1))
+    rows, columns = valid.shape
+    told: NDArray[np.bool_] = valid[row.clip(0, rows - 1), column.clip(0, columns - 1)]
+    return told
 
 
 def _without(frames: Frames, known: Sequence[str], judged: Sequence[str]) -> Frames:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from babelrs_geo.datasets.soi import Record
 from babelrs_geo.detections import Detections
-from babelrs_geo.evaluation.frames import Frame, Frames, record_frames
+from babelrs_geo.evaluation.frames import Frame, Frames, on_valid, record_frames
 from babelrs_geo.metrics import (
     SIZES,
     Curve,
@@ -158,10 +158,7 @@ def _of_records(model: Detector, records: Sequence[Record]) -> Frames:
 def _placed(found: Detections, frame: Frame) -> Detections:
     """What was found, in pixels of the labels, without what is centred where nothing was seen."""
     if frame.valid is not None:
-        rows, columns = frame.valid.shape
-        column = np.floor(found.boxes[:, 0]).astype(np.int64).clip(0, columns - 1)
-        row = np.floor(found.boxes[:, 1]).astype(np.int64).clip(0, rows - 1)
-        found = found[frame.valid[row, column]]
+        found = found[on_valid(found, frame.valid)]
     return found if frame.back == (1.0, 1.0) else found.scale(*frame.back)
 
 

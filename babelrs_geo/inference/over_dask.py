@@ -8,6 +8,7 @@ and computes one group at a time, whatever threads Dask gives it.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import islice
 from queue import SimpleQueue
@@ -53,10 +54,15 @@ def crew(client: Any, look: Look, load: Loader) -> Crew:
                 under_way[future] = group
                 future.add_done_callback(ended.put)
 
+        def deserted() -> None:
+            if not client.nthreads():
+                told = "the Dask scheduler has no workers: waiting for some; Ctrl+C ends it and keeps what is done"
+                warnings.warn(told, UserWarning, stacklevel=2)
+
         send()
         try:
             while under_way:
-                future = first(ended)
+                future = first(ended, deserted)
                 group = under_way.pop(future)
                 send()
                 if _lost(future):
@@ -72,7 +78,8 @@ def crew(client: Any, look: Look, load: Loader) -> Crew:
                 tick(len(group.tiles))
                 yield group, part
         finally:
-            client.cancel(list(under_way))
+            if client.status == "running":
+                client.cancel(list(under_way))
 
     return compute
 

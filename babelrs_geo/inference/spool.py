@@ -46,12 +46,12 @@ class Spool:
             if not resume:
                 raise OutputError(
                     f"an earlier run left {len(self._files())} parts of its work in {folder}; pass --resume to go "
-                    "on, or --overwrite to start anew"
+                    "on, or --overwrite (from Python: remove the folder) to start anew"
                 )
             if (there := noted(folder) or {}) != known:
                 raise OutputError(
                     f"{folder} holds parts of another run ({_difference(there, known)}); run what they are of, or "
-                    "pass --overwrite to start anew"
+                    "pass --overwrite (from Python: name another folder) to start anew"
                 )
             return
         with draft(note, _ADVICE) as hidden:
