@@ -35,6 +35,7 @@ from babelrs_geo.boxes import bounds
 from babelrs_geo.datasets.ground import PIXELS, GroundOptions
 from babelrs_geo.datasets.samples import check, collate
 from babelrs_geo.datasets.scenes import SceneDataset
+from babelrs_geo.datasets.times import ALWAYS, bounds_of, intervals, microseconds
 from babelrs_geo.errors import GeorefError, LabelError, ParameterError, SceneError
 from babelrs_geo.scenes.blocks import STORE
 
@@ -224,6 +225,59 @@ def test_scenes_of_the_same_ground_are_told_apart_by_time(make_raster, dated):
         none = datetime(2020, 1, 1, tzinfo=UTC)
         with pytest.raises(IndexError):
             dataset[:, :, none:none]
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_scenes_that_overlap_are_all_served(make_raster, dated):
+    tags = {"ACQUISITION_TIME": "2021-05-01T10:00:00Z"} if dated else {}
+    inside = NORTH_UP @ Affine.translation(10, 10)
+    large, small = (
+        make_raster(np.full((1, 96, 96), 50, np.uint8), "large", tags=tags),
+        make_raster(np.full((1, 64, 64), 200, np.uint8), "small", tags=tags, transform=inside),
+    )
+    dataset = SceneDataset([large, small], "ir")
+    names = [dataset[query]["name"] for query in GridGeoSampler(dataset, 32)]
+    assert names == ["large.tif"] * 9 + ["small.tif"] * 4
+    assert {dataset[query]["name"] for query in RandomGeoSampler(dataset, 32, length=40)} == {
+        "large.tif",
+        "small.tif",
+    }
+    left, top = inside @ (-4, -4)  # without a time: most of it is on both, all of it on one
+    assert dataset[left : left + 320, top - 320 : top]["name"] == "large.tif"
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=9),
+)
+def test_no_two_rows_have_one_interval(rows):
+    first = np.array([0 if unknown else begin for begin, _, unknown in rows], np.int64)
+    until = np.array(
+        [microseconds(ALWAYS[1]) if unknown else begin + lasts for begin, lasts, unknown in rows], np.int64
+    )
+    found = intervals(first, until)
+    assert found.is_unique and len(found) == len(rows)
+    since, end = bounds_of(found)
+    assert ((since >= first) & (end >= until) & (since + end - first - until <= 2 * len(rows))).all()
+    assert found.equals(intervals(since, end))  # done twice changes nothing
+
+
+def test_slanted_scenes_side_by_side_are_answered_from_their_own_ground(make_raster):
+    turned = NORTH_UP @ Affine.rotation(30)
+    paths = [
+        make_raster(noise(200, 80), f"r{i}", transform=turned @ Affine.translation(85 * i, -49 * i))
+        for i in range(2)
+    ]
+    dataset = SceneDataset(paths, "ir")
+    grounds = dict(zip(dataset.index["name"], dataset.index.geometry, strict=True))
+    torch.manual_seed(0)
+    for query in RandomGeoSampler(dataset, 16, length=150):
+        x, y, _ = query
+        box = shapely.box(x.start, y.start, x.stop, y.stop)
+        shared = {name: ground.intersection(box).area for name, ground in grounds.items()}
+        if max(shared.values()) > 1:
+            assert dataset[x, y]["name"] == max(shared, key=lambda name: shared[name])
+            assert shared[dataset[query]["name"]] > 0
 
 
 def test_scenes_smaller_than_a_window_are_padded(make_raster):

@@ -2,8 +2,8 @@
 
 The index is TorchGeo's: a row a picture, its footprint in the dataset's CRS, its interval of time. What differs
 from TorchGeo's `RasterDataset`: pictures are never warped or merged. A query is answered from one picture, the one
-that shares most ground with it, in that picture's own pixels: the window of as many pixels as the query is large,
-centred where the query is. On the dataset's own CRS and grid that is the query's ground to the pixel; elsewhere
+that a sampler drew it from or that shares most ground with it, in that picture's own pixels: the window of as many
+pixels as the query is large, centred where the query is. On the dataset's own CRS and grid that is the query's ground to the pixel; elsewhere
 (rotated pictures, control points, RPCs, another CRS) the window is centred right and turned as the picture is.
 Pixels of another size are read at the scale that brings them to the dataset's resolution.
 
@@ -141,7 +141,7 @@ class GroundDataset(Combining):
                 "top": corner[:, 1],
             },
             geometry=shapes,
-            index=intervals(*moments([p.acquired for p in pictures]), [s.bounds for s in shapes]),
+            index=intervals(*moments([p.acquired for p in pictures])),
             crs=crs,
         )
         res = options.res
@@ -190,7 +190,8 @@ class GroundDataset(Combining):
             row, x, y, t = int(query), *self._extent(int(query))
         else:
             x, y, t = self._disambiguate_slice(query)
-            row = self._row(x, y, t)
+            given = query[2] if isinstance(query, tuple) and len(query) > 2 else slice(None)
+            row = self._row(x, y, t, None not in (given.start, given.stop))
         picture = int(self.index["picture"].iloc[row])
         try:
             with self._open(picture) as scene:
@@ -279,21 +280,31 @@ class GroundDataset(Combining):
             slice(interval.left, interval.right, 1),
         )
 
-    def _row(self, x: slice, y: slice, t: slice) -> int:
-        """The row that answers a query: of its very interval first, of its very bounds next, then the one that
-        shares most ground with it, then the first.
+    def _row(self, x: slice, y: slice, t: slice, timed: bool) -> int:
+        """The row that answers a query: where the query names a time, as a sampler's does, the row of that very
+        interval, unless it saw nothing there; else that of its very bounds, else the one whose footprint shares most
+        ground with it, else the first.
         """
         box, since, until = self._tables()
         first, last = microseconds(t.start), microseconds(t.stop)
         asked = np.array([x.start, y.start, x.stop, y.stop], np.float64)
         size = np.minimum(box[:, 2:], asked[2:]) - np.maximum(box[:, :2], asked[:2])
-        shared = np.prod(np.maximum(size, 0.0), axis=1)
-        met = np.flatnonzero((shared > 0) & (since <= last) & (until >= first))
+        met = np.flatnonzero((size > 0).all(axis=1) & (since <= last) & (until >= first))
         if not len(met):
             raise IndexError(f"query {(x, y, t)} meets no picture of {self.sensor} within {self.bounds}")
-        other_time = (since[met] != first) | (until[met] != last)
-        other_place = ~(np.abs(box[met] - asked) <= self._slack()).all(axis=1)
-        return int(met[np.lexsort((met, -shared[met], other_place, other_time))[0]])
+        others = (since[met] != first) | (until[met] != last) | (not timed)
+        for rows in (met[~others], met[np.argsort(others, kind="stable")]):
+            shared = self._shared(rows, asked)
+            if shared.any():
+                break
+        other_place = ~(np.abs(box[rows] - asked) <= self._slack()).all(axis=1)
+        return int(rows[np.lexsort((-shared, other_place))[0]])
+
+    def _shared(self, rows: NDArray[np.int64], asked: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The share of a query's ground (x, y, x, y) that the footprints of rows cover, to a millionth."""
+        ground = shapely.box(*asked)
+        common = shapely.intersection(self.index.geometry.to_numpy()[rows], ground)
+        return np.asarray(shapely.area(common) / ground.area).round(6)
 
     def _slack(self) -> NDArray[np.float64]:
         """A thousandth of a pixel, as x, y, x, y."""
