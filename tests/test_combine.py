@@ -110,7 +110,7 @@ def test_an_undated_scene_goes_with_any_time(make_raster):
 
 def test_another_crs_and_resolution(make_raster):
     sar = SceneDataset([make_raster(noise(), "sar")], "sar")
-    lonlat = from_origin(-118.2970, 33.7500, 5e-5, 5e-5)
+    lonlat = from_origin(-118.2970, 33.7500, 6e-5, 5e-5)
     path = make_raster(noise(140, 180, 3), "rgb", crs="EPSG:4326", transform=lonlat)
     rgb = SceneDataset([path], "rgb")
     before = rgb.crs, rgb.res, rgb.index.total_bounds.tolist()

@@ -297,6 +297,32 @@ def test_scenes_smaller_than_a_window_are_padded(make_raster):
     same(dataset[left:right, bottom:top], scene)  # its own bounds give it without padding
 
 
+@pytest.mark.parametrize("res", [None, 20.0])
+def test_padding_counts_the_datasets_pixels(make_raster, res):
+    fine = from_origin(400_000.0, 3_700_000.0, 5.0, 5.0)
+    paths = [make_raster(noise(), "coarse"), make_raster(noise(40, 50), "fine", transform=fine)]
+    dataset = SceneDataset(paths, "sar", options=GroundOptions(least=64, res=res))
+    sizes = {dataset[q]["name"]: tuple(dataset[q]["image"].shape) for q in GridGeoSampler(dataset, 64)}
+    assert sizes == {"coarse.tif": (3, 64, 64), "fine.tif": (3, 64, 64)}
+    for query in GridGeoSampler(dataset, 64):
+        sample = dataset[query]
+        same(sample, open_scene(paths[sample["name"] == "fine.tif"], "sar"), sample["window"], sample["scale"])
+
+
+def test_pixels_of_another_shape_are_refused(make_raster):
+    degrees = make_raster(noise(), "degrees", crs="EPSG:4326", transform=from_origin(12.0, 60.0, 1e-4, 1e-4))
+    alone = SceneDataset([degrees], "sar")
+    assert {alone[q]["scale"] for q in GridGeoSampler(alone, 32)} == {1.0}
+    metres = GroundOptions(crs="EPSG:32633", res=10.0)
+    for options in (metres, GroundOptions(res=(1e-4, 2e-4))):
+        dataset = SceneDataset([degrees], "sar", options=options)
+        for sampler in (GridGeoSampler(dataset, 20), PreChippedGeoSampler(dataset)):
+            with pytest.raises(GeorefError, match=r"degrees\.tif has pixels of .* no one scale .*--coregister"):
+                dataset[next(iter(sampler))]
+    whole = SceneDataset([degrees], "sar", options=GroundOptions(crs="EPSG:32633"))
+    same(whole[0], open_scene(degrees, "sar"))
+
+
 def test_control_points_are_indexed_by_footprint_and_not_warped(make_raster):
     path = make_raster(noise(60, 80), "gcps", crs="EPSG:4326", gcps=gcps(80, 60))
     scene, dataset = open_scene(path, "sar"), SceneDataset([path], "sar")
@@ -334,7 +360,7 @@ def test_rpcs_are_indexed_by_footprint_and_not_warped(make_raster):
 
 def test_scenes_in_another_crs_are_found_where_they_are(make_raster):
     here = make_raster(noise(), "here")
-    lonlat = from_origin(-118.30, 33.76, 1e-4, 1e-4)
+    lonlat = from_origin(-118.30, 33.76, 1.2e-4, 1e-4)
     there = make_raster(noise(), "there", crs="EPSG:4326", transform=lonlat)
     dataset = SceneDataset([here, there], "sar")
     assert dataset.crs == UTM
