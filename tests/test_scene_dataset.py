@@ -14,7 +14,7 @@ import pyproj
 import pytest
 import shapely
 import torch
-from conftest import NORTH_UP, UTM, Raster, write_raster
+from conftest import NORTH_UP, UTM, Raster, files_open, write_raster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
@@ -497,6 +497,24 @@ def test_workers_read_what_the_parent_reads(make_raster):
     assert torch.equal(found, torch.stack([s["image"] for s in expected]))
     twin = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(twin[q]["image"], s["image"]) for q, s in zip(queries, expected, strict=True))
+
+
+def test_more_scenes_than_files_may_be_open(make_raster):
+    paths = [make_raster(noise(8, 8), f"s{i}") for i in range(60)]
+    SceneDataset(paths[:1], "sar")  # imports what is needed
+    with files_open(40):
+        dataset = SceneDataset(paths, "sar")
+        assert [dataset[i]["name"] for i in (0, 59)] == ["s0.tif", "s59.tif"]
+
+
+def test_one_scene_is_given_as_it_is(make_raster, tmp_path):
+    path = make_raster(noise(), "a")
+    for given in (path, str(path), open_scene(path, "sar"), (path,)):
+        dataset = SceneDataset(given, "sar")
+        assert dataset.files == [str(path)]
+        same(dataset[0], open_scene(path, "sar"))
+    with pytest.raises(SceneError, match="is a folder: name a raster in it"):
+        SceneDataset(tmp_path, "sar")
 
 
 def test_many_scenes_do_not_stay_open(make_raster, tmp_path):
