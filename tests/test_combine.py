@@ -189,9 +189,7 @@ def test_ground_that_both_saw_is_never_mixed(make_raster):
 def test_of_a_union_each_dataset_answers_from_its_own_best_picture(make_raster):
     """The second picture of one dataset is no reason for the second of the other."""
     sar = [make_raster(noise(), f"s{i}", transform=moved(i * 200, 0)) for i in range(2)]
-    rgb = [
-        make_raster(noise(bands=3), f"r{i}", transform=moved(x, 0)) for i, x in enumerate((200, 200 + 80))
-    ]
+    rgb = [make_raster(noise(bands=3), f"r{i}", transform=moved(x, 0)) for i, x in enumerate((200, 200 + 80))]
     either = SceneDataset(sar, "sar") | SceneDataset(rgb, "rgb")
     assert either.index.index.is_unique
     query = [q for q in GridGeoSampler(either, 32, 26) if q[0].start == 382_520.0][0]  # columns 252 to 284

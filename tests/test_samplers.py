@@ -182,7 +182,7 @@ class Drawing(torch.utils.data.Dataset):
         return 4
 
     def __getitem__(self, number):
-        return torch.rand(()).item(), float(np.random.rand()), random.random()
+        return torch.rand(()).item(), float(np.random.rand()), random.random()  # noqa: NPY002
 
 
 @pytest.mark.parametrize("begin", [None, begin_work])

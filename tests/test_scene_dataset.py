@@ -306,7 +306,9 @@ def test_padding_counts_the_datasets_pixels(make_raster, res):
     assert sizes == {"coarse.tif": (3, 64, 64), "fine.tif": (3, 64, 64)}
     for query in GridGeoSampler(dataset, 64):
         sample = dataset[query]
-        same(sample, open_scene(paths[sample["name"] == "fine.tif"], "sar"), sample["window"], sample["scale"])
+        same(
+            sample, open_scene(paths[sample["name"] == "fine.tif"], "sar"), sample["window"], sample["scale"]
+        )
 
 
 def test_pixels_of_another_shape_are_refused(make_raster):
@@ -317,7 +319,9 @@ def test_pixels_of_another_shape_are_refused(make_raster):
     for options in (metres, GroundOptions(res=(1e-4, 2e-4))):
         dataset = SceneDataset([degrees], "sar", options=options)
         for sampler in (GridGeoSampler(dataset, 20), PreChippedGeoSampler(dataset)):
-            with pytest.raises(GeorefError, match=r"degrees\.tif has pixels of .* no one scale .*--coregister"):
+            with pytest.raises(
+                GeorefError, match=r"degrees\.tif has pixels of .* no one scale .*--coregister"
+            ):
                 dataset[next(iter(sampler))]
     whole = SceneDataset([degrees], "sar", options=GroundOptions(crs="EPSG:32633"))
     same(whole[0], open_scene(degrees, "sar"))
@@ -509,8 +513,8 @@ def test_more_scenes_than_files_may_be_open(make_raster):
 
 def test_one_scene_is_given_as_it_is(make_raster, tmp_path):
     path = make_raster(noise(), "a")
-    for given in (path, str(path), open_scene(path, "sar"), (path,)):
-        dataset = SceneDataset(given, "sar")
+    for scenes in (path, str(path), open_scene(path, "sar"), (path,)):
+        dataset = SceneDataset(scenes, "sar")
         assert dataset.files == [str(path)]
         same(dataset[0], open_scene(path, "sar"))
     with pytest.raises(SceneError, match="is a folder: name a raster in it"):

@@ -3,9 +3,9 @@
 The index is TorchGeo's: a row a picture, its footprint in the dataset's CRS, its interval of time. What differs
 from TorchGeo's `RasterDataset`: pictures are never warped or merged. A query is answered from one picture, the one
 that a sampler drew it from or that shares most ground with it, in that picture's own pixels: the window of as many
-pixels as the query is large, centred where the query is. On the dataset's own CRS and grid that is the query's ground to the pixel; elsewhere
-(rotated pictures, control points, RPCs, another CRS) the window is centred right and turned as the picture is.
-Pixels of another size are read at the scale that brings them to the dataset's resolution.
+pixels as the query is large, centred where the query is. On the dataset's own CRS and grid that is the query's ground
+to the pixel; elsewhere (rotated pictures, control points, RPCs, another CRS) the window is centred right and turned
+as the picture is. Pixels of another size are read at the scale that brings them to the dataset's resolution.
 
 Pictures without georeference are laid out side by side in an engineering CRS of their own, `PIXELS`.
 """
@@ -46,7 +46,9 @@ PIXELS = pyproj.CRS.from_wkt(
 
 _PIECES = 8  # of a footprint's side: a row of pixels is no straight line in another CRS
 _SAME_SIZE = 0.02  # pixels within this share of the dataset's resolution are read as they are
-_SAME_SHAPE = 0.05  # a window that is so much longer or shorter along one axis than asked is still the ground asked for
+_SAME_SHAPE = (
+    0.05  # a window that is so much longer or shorter along one axis than asked is still the ground asked for
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ class GroundDataset(Combining):
                 raise GeorefError(f"{mapped[False]} has no georeference: its pixels have no place in a CRS")
             crs = asked
         res = options.res
-        self._res = self._native(0, crs) if res is None else (res, res) if isinstance(res, int | float) else res
+        self._res = (
+            self._native(0, crs) if res is None else (res, res) if isinstance(res, int | float) else res
+        )
         self._padded = [self._covering(number, crs) for number in range(len(pictures))]
         shapes = self._footprints(crs)
         corner = shapely.bounds(shapes)[:, [0, 3]]
@@ -391,7 +395,9 @@ class GroundDataset(Combining):
     def _covering(self, number: int, crs: pyproj.CRS) -> tuple[int, int]:
         """Width and height of a picture, in its own pixels, that cover the least that windows need."""
         picture, least = self.pictures[number], self.options.least
-        wide, high = (math.ceil(least * r / n) for r, n in zip(self.res, self._native(number, crs), strict=True))
+        wide, high = (
+            math.ceil(least * r / n) for r, n in zip(self.res, self._native(number, crs), strict=True)
+        )
         return max(picture.width, wide), max(picture.height, high)
 
     def _to_pixel(self, row: int, number: int, x: float, y: float) -> tuple[float, float]:

@@ -28,9 +28,9 @@ _Given = str | os.PathLike[str] | Scene
 class SceneDataset(GroundDataset):
     """Scenes of one sensor and, where there are labels, what is on them.
 
-    `scenes` are paths or open scenes, or one of them. `labels` is what `read_labels` takes or gives: a vector file, a COCO JSON, a
-    DOTA text or a folder of such; without it samples have no boxes. `classes` fixes the order of the classes; the
-    labels' own, sorted, if None. `how` says how scenes that are given as paths are read.
+    `scenes` are paths or open scenes, or one of them. `labels` is what `read_labels` takes or gives: a vector file, a
+    COCO JSON, a DOTA text or a folder of such; without it samples have no boxes. `classes` fixes the order of the
+    classes; the labels' own, sorted, if None. `how` says how scenes that are given as paths are read.
 
     Raises SceneError or SensorError for a scene that cannot be opened, ParameterError where scenes differ in
     sensor, GeorefError where some have a georeference and some have none, LabelError where labels do not fit.
