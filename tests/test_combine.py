@@ -192,7 +192,7 @@ def test_of_a_union_each_dataset_answers_from_its_own_best_picture(make_raster):
     rgb = [make_raster(noise(bands=3), f"r{i}", transform=moved(x, 0)) for i, x in enumerate((200, 200 + 80))]
     either = SceneDataset(sar, "sar") | SceneDataset(rgb, "rgb")
     assert either.index.index.is_unique
-    query = [q for q in GridGeoSampler(either, 32, 26) if q[0].start == 382_520.0][0]  # columns 252 to 284
+    query = next(q for q in GridGeoSampler(either, 32, 26) if q[0].start == 382_520.0)  # columns 252 to 284
     found = samples(either[query])
     assert found["sar"][0]["name"] == "s1.tif" and found["rgb"][0]["name"] == "r0.tif"
 
