@@ -46,9 +46,7 @@ PIXELS = pyproj.CRS.from_wkt(
 
 _PIECES = 8  # of a footprint's side: a row of pixels is no straight line in another CRS
 _SAME_SIZE = 0.02  # pixels within this share of the dataset's resolution are read as they are
-_SAME_SHAPE = (
-    0.05  # a window that is so much longer or shorter along one axis than asked is still the ground asked for
-)
+_SAME_SHAPE = 0.05  # a window that is longer along one axis by no more is still the ground that was asked for
 
 
 @dataclass(frozen=True)
@@ -395,6 +393,8 @@ class GroundDataset(Combining):
     def _covering(self, number: int, crs: pyproj.CRS) -> tuple[int, int]:
         """Width and height of a picture, in its own pixels, that cover the least that windows need."""
         picture, least = self.pictures[number], self.options.least
+        if not least:
+            return picture.width, picture.height
         wide, high = (
             math.ceil(least * r / n) for r, n in zip(self.res, self._native(number, crs), strict=True)
         )
