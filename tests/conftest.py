@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,19 @@ def make_raster(tmp_path: Path) -> MakeRaster:
         return write_raster(tmp_path / name, Raster(np.asarray(pixels), **what))
 
     return make
+
+
+@contextmanager
+def files_open(more: int) -> Iterator[None]:
+    """This process may have only so many more files open than it has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(each.name) for each in Path("/proc/self/fd").iterdir()}
+    free = (number for number in count() if number not in taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, more, None)), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def write_raster(stem: Path, raster: Raster) -> Path:

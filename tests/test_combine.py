@@ -110,7 +110,7 @@ def test_an_undated_scene_goes_with_any_time(make_raster):
 
 def test_another_crs_and_resolution(make_raster):
     sar = SceneDataset([make_raster(noise(), "sar")], "sar")
-    lonlat = from_origin(-118.2970, 33.7500, 5e-5, 5e-5)
+    lonlat = from_origin(-118.2970, 33.7500, 6e-5, 5e-5)
     path = make_raster(noise(140, 180, 3), "rgb", crs="EPSG:4326", transform=lonlat)
     rgb = SceneDataset([path], "rgb")
     before = rgb.crs, rgb.res, rgb.index.total_bounds.tolist()
@@ -184,6 +184,26 @@ def test_ground_that_both_saw_is_never_mixed(make_raster):
         assert np.array_equal(sample["image"].numpy(), open_scene(path, sensor).read(sample["window"]).image)
     again = SceneDataset([sar], "sar") | SceneDataset([make_raster(noise(), "other")], "sar")
     assert again[next(iter(GridGeoSampler(again, 32)))]["sar"]["image"].shape == (2, 3, 32, 32)
+
+
+def test_of_a_union_each_dataset_answers_from_its_own_best_picture(make_raster):
+    """The second picture of one dataset is no reason for the second of the other."""
+    sar = [make_raster(noise(), f"s{i}", transform=moved(i * 200, 0)) for i in range(2)]
+    rgb = [make_raster(noise(bands=3), f"r{i}", transform=moved(x, 0)) for i, x in enumerate((200, 200 + 80))]
+    either = SceneDataset(sar, "sar") | SceneDataset(rgb, "rgb")
+    assert either.index.index.is_unique
+    query = next(q for q in GridGeoSampler(either, 32, 26) if q[0].start == 382_520.0)  # columns 252 to 284
+    found = samples(either[query])
+    assert found["sar"][0]["name"] == "s1.tif" and found["rgb"][0]["name"] == "r0.tif"
+
+
+def test_pairs_that_overlap_are_all_served(make_raster):
+    sar = [make_raster(noise(), f"s{i}", transform=moved(10 * i, 0)) for i in range(2)]
+    rgb = [make_raster(noise(bands=3), f"r{i}", transform=moved(0, 10 * i)) for i in range(2)]
+    both = SceneDataset(sar, "sar") & SceneDataset(rgb, "rgb")
+    found = [samples(both[query]) for query in GridGeoSampler(both, 40)]
+    pairs = {(f["sar"][0]["name"][:2], f["rgb"][0]["name"][:2]) for f in found}
+    assert pairs == {("s0", "r0"), ("s0", "r1"), ("s1", "r0"), ("s1", "r1")}
 
 
 def test_whole_pictures_keep_their_pixels_in_a_union_of_crs(make_raster):

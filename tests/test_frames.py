@@ -17,8 +17,9 @@ from torchgeo.datasets import DIOR, DOTA, VHR10, EuroSAT
 from babelrs_geo.boxes import bounds
 from babelrs_geo.datasets.dronevehicle import CLASSES, read_dronevehicle
 from babelrs_geo.datasets.frames import FrameDataset, TorchGeoFrames
+from babelrs_geo.datasets.mosaics import Assigned, lay_out, write_mosaic
 from babelrs_geo.datasets.samples import check, collate
-from babelrs_geo.datasets.soi import class_names, fingerprint, read_split
+from babelrs_geo.datasets.soi import Record, class_names, fingerprint, read_split
 from babelrs_geo.errors import LabelError, ParameterError, SceneError
 
 BOX = [30, 20, 60, 32]  # of what is bright in a frame
@@ -53,6 +54,21 @@ def test_soi_det_as_published(tmp_path):
     sets["rgb"].records[1].path.write_bytes(b"no image")
     with pytest.raises(SceneError, match=r"1\.png cannot be read"):
         sets["rgb"][1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("uint16", "png"), ("uint16", "tif"), ("int32", "tif"), ("float32", "tif")]
+)
+def test_frames_of_more_than_bytes_are_refused(tmp_path, kind, suffix):
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(np.linspace(0, 60_000, 400).reshape(20, 20).astype(kind)).save(path)
+    record = Record("ir", path, np.zeros((0, 5)), np.zeros(0, np.int64))
+    told = rf"deep\.{suffix} has numbers of more than 8 bits .*gdal_translate -ot Byte -scale"
+    with pytest.raises(SceneError, match=told):
+        FrameDataset([record], ("car",))[0]
+    ground = Assigned(crs="EPSG:32651", corner=(283_000.0, 1_615_000.0), gsd=0.5)
+    with pytest.raises(SceneError, match=told):
+        write_mosaic(tmp_path / "scene.tif", lay_out([record]), ground)
 
 
 def test_dotas_own_header_is_passed_over(tmp_path):

@@ -76,6 +76,21 @@ def test_converted_frames_lie_in_nodata(tmp_path: Path) -> None:
         lay_out([])
 
 
+@pytest.mark.parametrize("name", ["labels.shp", "labels.geojson", "labels.gpkg"])
+def test_labels_of_several_files_are_whole(tmp_path: Path, name: str) -> None:
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(tmp_path / "a.png")
+    placed = lay_out([Record("ir", tmp_path / "a.png", np.array([[20, 15, 9, 5, 30.0]]), np.array([1]))])
+    for _ in range(2):  # over what is there, too
+        assert write_labels(tmp_path / name, placed, ("car", "ship"), GROUND) == 1
+    found = read_labels(tmp_path / name, kind="oriented")
+    write_mosaic(tmp_path / "scene.tif", placed, GROUND)
+    with open_scene(tmp_path / "scene.tif", "ir", AS_IT_IS) as scene:
+        objects = found.on("scene", scene.georef, alone=True)
+    assert list(objects.classes) == ["ship"]
+    np.testing.assert_allclose(boxes.rotated_iou_pairs(objects.boxes, placed[0].record.boxes), 1, atol=1e-5)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_annotated_aircraft_are_read(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match=r"annotations\.csv cannot be read"):
         read_airbus(tmp_path)

@@ -17,9 +17,10 @@ from babelrs_geo.boxes import corners, from_corners, rotated_iou_pairs
 from babelrs_geo.datasets.samplers import Draw, Mixture, Queries, QuotaSampler
 from babelrs_geo.datasets.samples import check, collate, make_sample, pad, scale_boxes
 from babelrs_geo.datasets.scenes import SceneDataset
-from babelrs_geo.datasets.seeding import Seeded, generator, seeded, worker_init
+from babelrs_geo.datasets.seeding import Seeded, generator, seeded
 from babelrs_geo.datasets.transforms import Augmentation, Together, resize
 from babelrs_geo.errors import ParameterError
+from babelrs_geo.training.loading import begin_work
 
 # Python 3.12 warns where a loader's workers are forked from a process with threads
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -156,7 +157,7 @@ def test_seeding_covers_what_torchgeo_draws_globally(make_raster, own):
         assert queries(sampler) != first
 
 
-def test_seeded_blocks_and_workers():
+def test_seeded_blocks():
     def both():
         return torch.rand(2).tolist(), random.random()
 
@@ -172,13 +173,35 @@ def test_seeded_blocks_and_workers():
         assert both() == inside
     with seeded(1, 2, 4):
         assert both() != inside
-    with seeded(9):
-        worker_init(3)(1)
-        one = both()
-        worker_init(3)(1)
-        assert both() == one
-        worker_init(3)(2)
-        assert both() != one
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Samples that are drawn from the global generators of torch, NumPy and Python."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, number):
+        return torch.rand(()).item(), float(np.random.rand()), random.random()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("begin", [None, begin_work])
+def test_what_workers_draw_follows_from_the_loaders_generator(begin):
+    def epochs(*key):
+        loader = DataLoader(
+            Drawing(),
+            num_workers=2,
+            generator=generator(*key),
+            worker_init_fn=begin,
+            collate_fn=lambda drawn: drawn[0],
+        )
+        return [list(loader) for _ in range(2)]
+
+    found = epochs(5, 0)
+    assert found == epochs(5, 0)
+    numbers = np.array([found, epochs(5, 1), epochs(6, 0)])  # seed and rank, epoch, image, generator
+    for kind in range(3):
+        assert len(np.unique(numbers[..., kind])) == 3 * 2 * 4
 
 
 @settings(max_examples=60)

@@ -14,7 +14,7 @@ import pyproj
 import pytest
 import shapely
 import torch
-from conftest import NORTH_UP, UTM, Raster, write_raster
+from conftest import NORTH_UP, UTM, Raster, files_open, write_raster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
@@ -35,6 +35,7 @@ from babelrs_geo.boxes import bounds
 from babelrs_geo.datasets.ground import PIXELS, GroundOptions
 from babelrs_geo.datasets.samples import check, collate
 from babelrs_geo.datasets.scenes import SceneDataset
+from babelrs_geo.datasets.times import ALWAYS, bounds_of, intervals, microseconds
 from babelrs_geo.errors import GeorefError, LabelError, ParameterError, SceneError
 from babelrs_geo.scenes.blocks import STORE
 
@@ -226,6 +227,59 @@ def test_scenes_of_the_same_ground_are_told_apart_by_time(make_raster, dated):
             dataset[:, :, none:none]
 
 
+@pytest.mark.parametrize("dated", [True, False])
+def test_scenes_that_overlap_are_all_served(make_raster, dated):
+    tags = {"ACQUISITION_TIME": "2021-05-01T10:00:00Z"} if dated else {}
+    inside = NORTH_UP @ Affine.translation(10, 10)
+    large, small = (
+        make_raster(np.full((1, 96, 96), 50, np.uint8), "large", tags=tags),
+        make_raster(np.full((1, 64, 64), 200, np.uint8), "small", tags=tags, transform=inside),
+    )
+    dataset = SceneDataset([large, small], "ir")
+    names = [dataset[query]["name"] for query in GridGeoSampler(dataset, 32)]
+    assert names == ["large.tif"] * 9 + ["small.tif"] * 4
+    assert {dataset[query]["name"] for query in RandomGeoSampler(dataset, 32, length=40)} == {
+        "large.tif",
+        "small.tif",
+    }
+    left, top = inside @ (-4, -4)  # without a time: most of it is on both, all of it on one
+    assert dataset[left : left + 320, top - 320 : top]["name"] == "large.tif"
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=9),
+)
+def test_no_two_rows_have_one_interval(rows):
+    first = np.array([0 if unknown else begin for begin, _, unknown in rows], np.int64)
+    until = np.array(
+        [microseconds(ALWAYS[1]) if unknown else begin + lasts for begin, lasts, unknown in rows], np.int64
+    )
+    found = intervals(first, until)
+    assert found.is_unique and len(found) == len(rows)
+    since, end = bounds_of(found)
+    assert ((since >= first) & (end >= until) & (since + end - first - until <= 2 * len(rows))).all()
+    assert found.equals(intervals(since, end))  # done twice changes nothing
+
+
+def test_slanted_scenes_side_by_side_are_answered_from_their_own_ground(make_raster):
+    turned = NORTH_UP @ Affine.rotation(30)
+    paths = [
+        make_raster(noise(200, 80), f"r{i}", transform=turned @ Affine.translation(85 * i, -49 * i))
+        for i in range(2)
+    ]
+    dataset = SceneDataset(paths, "ir")
+    grounds = dict(zip(dataset.index["name"], dataset.index.geometry, strict=True))
+    torch.manual_seed(0)
+    for query in RandomGeoSampler(dataset, 16, length=150):
+        x, y, _ = query
+        box = shapely.box(x.start, y.start, x.stop, y.stop)
+        shared = {name: ground.intersection(box).area for name, ground in grounds.items()}
+        if max(shared.values()) > 1:
+            assert dataset[x, y]["name"] == max(shared, key=lambda name: shared[name])
+            assert shared[dataset[query]["name"]] > 0
+
+
 def test_scenes_smaller_than_a_window_are_padded(make_raster):
     path = make_raster(noise(20, 24), "small")
     assert len(GridGeoSampler(SceneDataset([path], "sar"), 32)) == 0  # TorchGeo skips what is smaller
@@ -241,6 +295,36 @@ def test_scenes_smaller_than_a_window_are_padded(make_raster):
             same(dataset[query], scene, (0, 0, 32, 32))
     left, bottom, right, top = 380_000.0, 3_734_800.0, 380_240.0, 3_735_000.0
     same(dataset[left:right, bottom:top], scene)  # its own bounds give it without padding
+
+
+@pytest.mark.parametrize("res", [None, 20.0])
+def test_padding_counts_the_datasets_pixels(make_raster, res):
+    fine = from_origin(400_000.0, 3_700_000.0, 5.0, 5.0)
+    paths = [make_raster(noise(), "coarse"), make_raster(noise(40, 50), "fine", transform=fine)]
+    dataset = SceneDataset(paths, "sar", options=GroundOptions(least=64, res=res))
+    sizes = {dataset[q]["name"]: tuple(dataset[q]["image"].shape) for q in GridGeoSampler(dataset, 64)}
+    assert sizes == {"coarse.tif": (3, 64, 64), "fine.tif": (3, 64, 64)}
+    for query in GridGeoSampler(dataset, 64):
+        sample = dataset[query]
+        same(
+            sample, open_scene(paths[sample["name"] == "fine.tif"], "sar"), sample["window"], sample["scale"]
+        )
+
+
+def test_pixels_of_another_shape_are_refused(make_raster):
+    degrees = make_raster(noise(), "degrees", crs="EPSG:4326", transform=from_origin(12.0, 60.0, 1e-4, 1e-4))
+    alone = SceneDataset([degrees], "sar")
+    assert {alone[q]["scale"] for q in GridGeoSampler(alone, 32)} == {1.0}
+    metres = GroundOptions(crs="EPSG:32633", res=10.0)
+    for options in (metres, GroundOptions(res=(1e-4, 2e-4))):
+        dataset = SceneDataset([degrees], "sar", options=options)
+        for sampler in (GridGeoSampler(dataset, 20), PreChippedGeoSampler(dataset)):
+            with pytest.raises(
+                GeorefError, match=r"degrees\.tif has pixels of .* no one scale .*--coregister"
+            ):
+                dataset[next(iter(sampler))]
+    whole = SceneDataset([degrees], "sar", options=GroundOptions(crs="EPSG:32633"))
+    same(whole[0], open_scene(degrees, "sar"))
 
 
 def test_control_points_are_indexed_by_footprint_and_not_warped(make_raster):
@@ -280,7 +364,7 @@ def test_rpcs_are_indexed_by_footprint_and_not_warped(make_raster):
 
 def test_scenes_in_another_crs_are_found_where_they_are(make_raster):
     here = make_raster(noise(), "here")
-    lonlat = from_origin(-118.30, 33.76, 1e-4, 1e-4)
+    lonlat = from_origin(-118.30, 33.76, 1.2e-4, 1e-4)
     there = make_raster(noise(), "there", crs="EPSG:4326", transform=lonlat)
     dataset = SceneDataset([here, there], "sar")
     assert dataset.crs == UTM
@@ -417,6 +501,24 @@ def test_workers_read_what_the_parent_reads(make_raster):
     assert torch.equal(found, torch.stack([s["image"] for s in expected]))
     twin = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(twin[q]["image"], s["image"]) for q, s in zip(queries, expected, strict=True))
+
+
+def test_more_scenes_than_files_may_be_open(make_raster):
+    paths = [make_raster(noise(8, 8), f"s{i}") for i in range(60)]
+    SceneDataset(paths[:1], "sar")  # imports what is needed
+    with files_open(40):
+        dataset = SceneDataset(paths, "sar")
+        assert [dataset[i]["name"] for i in (0, 59)] == ["s0.tif", "s59.tif"]
+
+
+def test_one_scene_is_given_as_it_is(make_raster, tmp_path):
+    path = make_raster(noise(), "a")
+    for scenes in (path, str(path), open_scene(path, "sar"), (path,)):
+        dataset = SceneDataset(scenes, "sar")
+        assert dataset.files == [str(path)]
+        same(dataset[0], open_scene(path, "sar"))
+    with pytest.raises(SceneError, match="is a folder: name a raster in it"):
+        SceneDataset(tmp_path, "sar")
 
 
 def test_many_scenes_do_not_stay_open(make_raster, tmp_path):

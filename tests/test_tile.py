@@ -10,7 +10,8 @@ import pytest
 import rasterio
 import shapely
 from click.testing import CliRunner
-from conftest import NORTH_UP, UTM, Raster, write_raster
+from conftest import NORTH_UP, UTM, Raster, files_open, write_raster
+from rasterio.transform import Affine
 from simple_scenes import SHIPS, canvas, write_scene
 
 from babelrs_geo import cli
@@ -206,6 +207,17 @@ def test_other_tools_get_pictures_and_labels_that_fit_them(folder):
         boxes = [a["bbox"] for a in coco["annotations"] if a["image_id"] == image["id"]]
         for x, y, w, h in boxes:
             assert min(x, y) >= 0 and x + w <= row.width and y + h <= row.height
+
+
+def test_more_scenes_than_files_may_be_open(folder):
+    for i in range(60):
+        place = NORTH_UP @ Affine.translation(100 * i, 0)
+        write_raster(folder / f"s{i}", Raster(speckle(64), transform=place))
+    assert call("tile", "s0.tif", "--sensor", "sar", "-o", "first", *SMALL).exit_code == 0  # imports
+    with files_open(40):
+        result = call("tile", *(f"s{i}.tif" for i in range(60)), "--sensor", "sar", "-o", "chips", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert len(read_index("chips")) == 60
 
 
 def test_coregister_tells_the_shift_and_cuts_alike(folder):

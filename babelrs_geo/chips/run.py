@@ -93,6 +93,7 @@ def cut_entries(
         for scene in {id(task.entry): task.entry.scene for task in left}.values():
             answer()
             scene.find_collar()
+            scene.close()  # a later read opens it again: there may be more scenes than a process may have files open
         done = itertools.count(len(planned.tasks) - len(left))
 
         def tell() -> None:

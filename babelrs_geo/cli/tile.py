@@ -262,9 +262,12 @@ def tile_verb(**given: Any) -> int:
 
 
 def _open(given: dict[str, Any], path: str, sensor: str | None, stack: ExitStack) -> Scene:
-    """A scene opened as asked, closed with the stack."""
+    """A scene opened as asked, which a read opens again until the stack ends: there may be more scenes than a process
+    may have files open.
+    """
     (arguments,) = split(given | {"scene": path, "sensor": sensor}, SceneArguments)
     scene: Scene = stack.enter_context(arguments.open(among_others=len(given["scenes"]) > 1))
+    scene.close()
     return scene
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from babelrs_geo.boxes import areas, clip, corners, from_corners, from_xyxy, intersection_pairs
-from babelrs_geo.datasets.soi import Record
+from babelrs_geo.datasets.soi import Record, frame_pixels
 from babelrs_geo.datasets.transforms import check_cut
 
 
@@ -48,12 +47,8 @@ class Augment:
 
 
 def load_image(record: Record) -> Tensor:
-    """Image of a record as (3, H, W) float32 in [0, 1]; grey is repeated."""
-    with Image.open(record.path) as image:
-        array = np.asarray(image.convert("RGB"), dtype=np.uint8)
-    if record.border:
-        array = array[record.border : -record.border, record.border : -record.border]
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+    """Image of a record as (3, H, W) float32 in [0, 1]; grey is repeated. Raises SceneError as `frame_pixels`."""
+    return torch.from_numpy(frame_pixels(record)).permute(2, 0, 1).float() / 255
 
 
 View = tuple[Tensor, NDArray[np.float64], NDArray[np.int64]]

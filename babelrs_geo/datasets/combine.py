@@ -170,7 +170,7 @@ def intersect(first: GeoDataset, second: GeoDataset) -> Paired:
         )
         raise ParameterError(f"no two pictures of the datasets {how}{when}; {remedy}")
     i, j, shapes = i[near], j[near], shapes[near]
-    times = intervals(since[near], until[near], [s.bounds for s in shapes])
+    times = intervals(since[near], until[near])
     return Paired(one.view(i, shapes, times, names), two.view(j, shapes, times, names))
 
 
@@ -184,7 +184,10 @@ def unite(first: GeoDataset, second: GeoDataset) -> United:
         two = two.view(
             np.arange(len(two)), shapely.transform(shapes, lambda points: points + np.array([aside, 0.0]))
         )
-    return United(one, two)
+    ends = (np.concatenate(end) for end in zip(*(bounds_of(d.index.index) for d in (one, two)), strict=True))
+    times = intervals(*ends)  # a query of one dataset's row is not for a row of the other by its time
+    rows, more = np.arange(len(one)), np.arange(len(two))
+    return United(one.view(rows, times=times[: len(one)]), two.view(more, times=times[len(one) :]))
 
 
 def _sides(shapes: NDArray[np.object_]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchgeo.datasets import DIOR, DOTA, VHR10
 
@@ -23,8 +23,8 @@ from babelrs_geo.sensors import Sensor
 class FrameDataset(Dataset[Sample]):
     """Labelled frames: `FrameDataset(read_split(root, "sar", "train", classes), classes)`.
 
-    Records of `soi.read_split` and `dronevehicle.read_dronevehicle`. A frame that cannot be read is a SceneError
-    with its name.
+    Records of `soi.read_split` and `dronevehicle.read_dronevehicle`. A frame that cannot be read, or whose numbers are
+    not bytes, is a SceneError with its name.
     """
 
     def __init__(
@@ -40,13 +40,8 @@ class FrameDataset(Dataset[Sample]):
 
     def __getitem__(self, number: int) -> Sample:
         record = self.records[number]
-        try:
-            image = load_image(record)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise SceneError(f"{record.path} cannot be read as an image ({error}); copy it again") from error
-        sample = make_sample(
-            image, None, record.boxes, record.labels, sensor=record.sensor, name=record.path.name
-        )
+        image, name = load_image(record), record.path.name
+        sample = make_sample(image, None, record.boxes, record.labels, sensor=record.sensor, name=name)
         return sample if self.transforms is None else self.transforms(sample)
 
 

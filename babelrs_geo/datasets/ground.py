@@ -2,10 +2,10 @@
 
 The index is TorchGeo's: a row a picture, its footprint in the dataset's CRS, its interval of time. What differs
 from TorchGeo's `RasterDataset`: pictures are never warped or merged. A query is answered from one picture, the one
-that shares most ground with it, in that picture's own pixels: the window of as many pixels as the query is large,
-centred where the query is. On the dataset's own CRS and grid that is the query's ground to the pixel; elsewhere
-(rotated pictures, control points, RPCs, another CRS) the window is centred right and turned as the picture is.
-Pixels of another size are read at the scale that brings them to the dataset's resolution.
+that a sampler drew it from or that shares most ground with it, in that picture's own pixels: the window of as many
+pixels as the query is large, centred where the query is. On the dataset's own CRS and grid that is the query's ground
+to the pixel; elsewhere (rotated pictures, control points, RPCs, another CRS) the window is centred right and turned
+as the picture is. Pixels of another size are read at the scale that brings them to the dataset's resolution.
 
 Pictures without georeference are laid out side by side in an engineering CRS of their own, `PIXELS`.
 """
@@ -13,6 +13,7 @@ Pictures without georeference are laid out side by side in an engineering CRS of
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ PIXELS = pyproj.CRS.from_wkt(
 
 _PIECES = 8  # of a footprint's side: a row of pixels is no straight line in another CRS
 _SAME_SIZE = 0.02  # pixels within this share of the dataset's resolution are read as they are
+_SAME_SHAPE = 0.05  # a window that is longer along one axis by no more is still the ground that was asked for
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ class GroundOptions:
     """Size of a pixel (x, y) in units of the CRS; the first picture's if None. Where it is given, whole pictures
     are brought to it too."""
     least: int = 0
-    """Pictures with a shorter side are padded to it, at the right and the bottom, in pixels: give it the size of
-    the windows, and TorchGeo's samplers draw from small pictures too."""
+    """Pictures with a shorter side are padded to it, at the right and the bottom, in pixels of the dataset's
+    resolution: give it the size of the windows, and TorchGeo's samplers draw from small pictures too. In degrees
+    give it one more, since those compare sizes to the last bit."""
     visible: float = 0.4
     """A box cut by a window's edge is kept, whole, from this share of its area inside the window on."""
     tolerance: timedelta | None = None
@@ -129,6 +132,11 @@ class GroundDataset(Combining):
             if False in mapped and asked != PIXELS:
                 raise GeorefError(f"{mapped[False]} has no georeference: its pixels have no place in a CRS")
             crs = asked
+        res = options.res
+        self._res = (
+            self._native(0, crs) if res is None else (res, res) if isinstance(res, int | float) else res
+        )
+        self._padded = [self._covering(number, crs) for number in range(len(pictures))]
         shapes = self._footprints(crs)
         corner = shapely.bounds(shapes)[:, [0, 3]]
         self._index: gpd.GeoDataFrame | None = None
@@ -141,11 +149,9 @@ class GroundDataset(Combining):
                 "top": corner[:, 1],
             },
             geometry=shapes,
-            index=intervals(*moments([p.acquired for p in pictures]), [s.bounds for s in shapes]),
+            index=intervals(*moments([p.acquired for p in pictures])),
             crs=crs,
         )
-        res = options.res
-        self._res = self._native(0) if res is None else (res, res) if isinstance(res, int | float) else res
 
     # What a dataset of scenes or of chips adds.
 
@@ -190,7 +196,8 @@ class GroundDataset(Combining):
             row, x, y, t = int(query), *self._extent(int(query))
         else:
             x, y, t = self._disambiguate_slice(query)
-            row = self._row(x, y, t)
+            given = query[2] if isinstance(query, tuple) and len(query) > 2 else slice(None)
+            row = self._row(x, y, t, None not in (given.start, given.stop))
         picture = int(self.index["picture"].iloc[row])
         try:
             with self._open(picture) as scene:
@@ -279,21 +286,31 @@ class GroundDataset(Combining):
             slice(interval.left, interval.right, 1),
         )
 
-    def _row(self, x: slice, y: slice, t: slice) -> int:
-        """The row that answers a query: of its very interval first, of its very bounds next, then the one that
-        shares most ground with it, then the first.
+    def _row(self, x: slice, y: slice, t: slice, timed: bool) -> int:
+        """The row that answers a query: where the query names a time, as a sampler's does, the row of that very
+        interval, unless it saw nothing there; else that of its very bounds, else the one whose footprint shares most
+        ground with it, else the first.
         """
         box, since, until = self._tables()
         first, last = microseconds(t.start), microseconds(t.stop)
         asked = np.array([x.start, y.start, x.stop, y.stop], np.float64)
         size = np.minimum(box[:, 2:], asked[2:]) - np.maximum(box[:, :2], asked[:2])
-        shared = np.prod(np.maximum(size, 0.0), axis=1)
-        met = np.flatnonzero((shared > 0) & (since <= last) & (until >= first))
+        met = np.flatnonzero((size > 0).all(axis=1) & (since <= last) & (until >= first))
         if not len(met):
             raise IndexError(f"query {(x, y, t)} meets no picture of {self.sensor} within {self.bounds}")
-        other_time = (since[met] != first) | (until[met] != last)
-        other_place = ~(np.abs(box[met] - asked) <= self._slack()).all(axis=1)
-        return int(met[np.lexsort((met, -shared[met], other_place, other_time))[0]])
+        others = (since[met] != first) | (until[met] != last) | (not timed)
+        for rows in (met[~others], met[np.argsort(others, kind="stable")]):
+            shared = self._shared(rows, asked)
+            if shared.any():
+                break
+        other_place = ~(np.abs(box[rows] - asked) <= self._slack()).all(axis=1)
+        return int(rows[np.lexsort((-shared, other_place))[0]])
+
+    def _shared(self, rows: NDArray[np.int64], asked: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The share of a query's ground (x, y, x, y) that the footprints of rows cover, to a millionth."""
+        ground = shapely.box(*asked)
+        common = shapely.intersection(self.index.geometry.to_numpy()[rows], ground)
+        return np.asarray(shapely.area(common) / ground.area).round(6)
 
     def _slack(self) -> NDArray[np.float64]:
         """A thousandth of a pixel, as x, y, x, y."""
@@ -345,15 +362,24 @@ class GroundDataset(Combining):
         """
         picture = self.pictures[number]
         asked = np.array([x.start, y.start, x.stop, y.stop], np.float64)
+        step, native = np.abs([x.step, y.step]), np.array(self._native(number, self.crs))
+        ratio = native / step
         if self.options.res is None and self.index["whole"].iloc[row]:
-            for width, height in ((picture.width, picture.height), self._padded(picture)):
+            wholes = [(picture.width, picture.height)]
+            if (np.abs(ratio - 1) <= _SAME_SIZE).all():  # else its padding counts other pixels than its own
+                wholes.append(self._padded[number])
+            for width, height in wholes:
                 own = self._bounds_of(row, number, width, height)
                 if (np.abs(own - asked) <= self._slack()).all():
                     return (0, 0, width, height), 1.0, True
-        step = np.abs([x.step, y.step])
         columns, rows = (max(1, round(float(v))) for v in (asked[2:] - asked[:2]) / step)
-        native = np.array(self._native(number))
-        scale = float(np.sqrt(np.prod(native / step)))
+        if ratio.max() > (1 + _SAME_SHAPE) * ratio.min():
+            raise GeorefError(
+                f"{picture.name} has pixels of {native[0]:.4g} by {native[1]:.4g} in {self.crs.name}, and a window was "
+                f"asked for in pixels of {step[0]:.4g} by {step[1]:.4g}: no one scale brings them together; bring the "
+                "scenes to one grid (babelrs-geo tile --coregister), or all to a projected CRS (gdalwarp -t_srs)"
+            )
+        scale = float(np.sqrt(np.prod(ratio)))
         if abs(scale - 1) <= _SAME_SIZE:
             scale = 1.0
         px, py = self._to_pixel(row, number, (asked[0] + asked[2]) / 2, (asked[1] + asked[3]) / 2)
@@ -364,8 +390,15 @@ class GroundDataset(Combining):
         top = round(py * high / picture.height - rows / 2)
         return (left, top, columns, rows), scale, False
 
-    def _padded(self, picture: Picture) -> tuple[int, int]:
-        return max(picture.width, self.options.least), max(picture.height, self.options.least)
+    def _covering(self, number: int, crs: pyproj.CRS) -> tuple[int, int]:
+        """Width and height of a picture, in its own pixels, that cover the least that windows need."""
+        picture, least = self.pictures[number], self.options.least
+        if not least:
+            return picture.width, picture.height
+        wide, high = (
+            math.ceil(least * r / n) for r, n in zip(self.res, self._native(number, crs), strict=True)
+        )
+        return max(picture.width, wide), max(picture.height, high)
 
     def _to_pixel(self, row: int, number: int, x: float, y: float) -> tuple[float, float]:
         """A place in the dataset's CRS to pixels of a picture."""
@@ -393,22 +426,22 @@ class GroundDataset(Combining):
     def _footprints(self, crs: pyproj.CRS) -> list[Any]:
         """Of every picture, padded; those without georeference side by side, as far apart as the largest."""
         if crs != PIXELS:
-            return [footprint(p, *self._padded(p), crs) for p in self.pictures]
-        sizes = [self._padded(p) for p in self.pictures]
+            return [footprint(p, *s, crs) for p, s in zip(self.pictures, self._padded, strict=True)]
+        sizes = self._padded
         starts = np.cumsum([0, *(w for w, _ in sizes)]) + np.arange(len(sizes) + 1) * max(map(max, sizes))
         return [shapely.box(s, 0, s + w, h) for s, (w, h) in zip(starts.tolist(), sizes, strict=False)]
 
-    def _native(self, number: int) -> tuple[float, float]:
-        """How far x and y run, in the dataset's CRS, over one pixel at the middle of a picture."""
+    def _native(self, number: int, crs: pyproj.CRS) -> tuple[float, float]:
+        """How far x and y run, in a CRS, over one pixel at the middle of a picture."""
         picture = self.pictures[number]
         if not picture.mapped:
             return 1.0, 1.0
         affine = picture.georef.affine
-        if affine is not None and picture.crs == self.crs:
+        if affine is not None and picture.crs == crs:
             return float(np.hypot(affine.a, affine.b)), float(np.hypot(affine.d, affine.e))
         cx, cy = picture.width / 2, picture.height / 2
         x, y = picture.georef.to_map([cx - 0.5, cx + 0.5, cx, cx], [cy, cy, cy - 0.5, cy + 0.5])
-        x, y = _moved(picture.crs, self.crs, x, y)
+        x, y = _moved(picture.crs, crs, x, y)
         return float(np.hypot(x[1] - x[0], x[3] - x[2])), float(np.hypot(y[1] - y[0], y[3] - y[2]))
 
     def _transform(

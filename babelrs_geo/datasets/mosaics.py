@@ -22,7 +22,7 @@ from PIL import Image
 from rasterio.transform import from_origin
 
 from babelrs_geo.boxes import corners
-from babelrs_geo.datasets.soi import Record
+from babelrs_geo.datasets.soi import Record, frame_pixels
 from babelrs_geo.drafts import draft
 from babelrs_geo.errors import ParameterError
 
@@ -85,7 +85,8 @@ def write_mosaic(
     """All frames in one tiled GeoTIFF: three bands of RGB, one of other sensors; whole in memory meanwhile.
 
     Their own bytes, or what `convert` makes of them. What no frame covers is `nodata`, or where that is None left out
-    by a mask, since 0 is a byte like any other. The file appears whole or not at all.
+    by a mask, since 0 is a byte like any other. The file appears whole or not at all. Raises SceneError as
+    `frame_pixels`.
     """
     margin = min(p.x for p in placed)
     width, height = (max(p.x + p.width for p in placed), max(p.y + p.height for p in placed))
@@ -121,12 +122,8 @@ def write_mosaic(
 
 def _pixels(record: Record) -> NDArray[np.uint8]:
     """A frame's bytes (band, y, x), without its border."""
-    with Image.open(record.path) as image:
-        array = np.asarray(image.convert("RGB" if record.sensor == "rgb" else "L"))
-    array = array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
-    return (
-        array[:, record.border : -record.border, record.border : -record.border] if record.border else array
-    )
+    array = frame_pixels(record, "RGB" if record.sensor == "rgb" else "L")
+    return array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
 
 
 def write_labels(path: Path, placed: Sequence[Placed], classes: Sequence[str], ground: Assigned) -> int:
@@ -138,5 +135,8 @@ def write_labels(path: Path, placed: Sequence[Placed], classes: Sequence[str], g
     frame = gpd.GeoDataFrame({"class": names}, geometry=shapes, crs=ground.crs)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         frame.to_file(Path(folder) / path.name)  # its layer is called as the file
-        (Path(folder) / path.name).replace(path)
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            file.replace(
+                path.with_name(file.name)
+            )  # a Shapefile is several; the one that was named comes last
     return len(names)

@@ -22,46 +22,49 @@ from babelrs_geo.vectors.labels import Labels, read_labels
 
 _KEPT_OPEN = 32  # scenes; beyond that each is closed after a read, to spare file handles
 
+_Given = str | os.PathLike[str] | Scene
+
 
 class SceneDataset(GroundDataset):
     """Scenes of one sensor and, where there are labels, what is on them.
 
-    `scenes` are paths or open scenes. `labels` is what `read_labels` takes or gives: a vector file, a COCO JSON, a
-    DOTA text or a folder of such; without it samples have no boxes. `classes` fixes the order of the classes; the
-    labels' own, sorted, if None. `how` says how scenes that are given as paths are read.
+    `scenes` are paths or open scenes, or one of them. `labels` is what `read_labels` takes or gives: a vector file, a
+    COCO JSON, a DOTA text or a folder of such; without it samples have no boxes. `classes` fixes the order of the
+    classes; the labels' own, sorted, if None. `how` says how scenes that are given as paths are read.
 
     Raises SceneError or SensorError for a scene that cannot be opened, ParameterError where scenes differ in
     sensor, GeorefError where some have a georeference and some have none, LabelError where labels do not fit.
+
+    Every scene is closed once what it says of itself is known, and opened again by the first read.
     """
 
     named = False
 
     def __init__(
         self,
-        scenes: Sequence[str | os.PathLike[str] | Scene],
+        scenes: _Given | Sequence[_Given],
         sensor: str | Sensor | None = None,
         labels: str | os.PathLike[str] | Labels | None = None,
         classes: Sequence[str] | None = None,
         options: GroundOptions | None = None,
         how: SceneOptions | None = None,
     ) -> None:
-        opened = [s if isinstance(s, Scene) else open_scene(s, sensor, how) for s in scenes]
-        kinds = {s.sensor: s.name for s in opened}
+        given = [scenes] if isinstance(scenes, str | os.PathLike | Scene) else scenes
+        known = [_closed(s if isinstance(s, Scene) else open_scene(s, sensor, how)) for s in given]
+        kinds = {s.sensor: s.name for s in known}
         if len(kinds) > 1 or (sensor is not None and set(kinds) - {Sensor.parse(sensor)}):
             raise ParameterError(
                 f"a dataset has one sensor, but was given {', '.join(f'{s} ({n})' for s, n in kinds.items())}; "
                 "make one of each and combine them by & or |"
             )
-        self.scenes, self.paths = opened, [s.path for s in opened]
+        self.scenes, self.paths = known, [s.path for s in known]
         self._lock = threading.Lock()
-        pictures = [Picture(s.name, s.width, s.height, s.georef, s.acquired) for s in opened]
-        given = read_labels(labels) if isinstance(labels, str | os.PathLike) else labels
-        found = [] if given is None else [self._on(given, s, len(opened) == 1) for s in opened]
+        pictures = [Picture(s.name, s.width, s.height, s.georef, s.acquired) for s in known]
+        told = read_labels(labels) if isinstance(labels, str | os.PathLike) else labels
+        found = [] if told is None else [self._on(told, s, len(known) == 1) for s in known]
         names = sorted({str(c) for _, own in found for c in own}) if classes is None else list(classes)
-        self._objects = [(boxes, label_indices(own, names, given and given.path)) for boxes, own in found]
+        self._objects = [(boxes, label_indices(own, names, told and told.path)) for boxes, own in found]
         super().__init__(pictures, next(iter(kinds), sensor or Sensor.RGB), names, options or GroundOptions())
-        for scene in opened:
-            scene.close()
 
     @staticmethod
     def _on(labels: Labels, scene: Scene, alone: bool) -> tuple[NDArray[np.float64], list[str]]:
@@ -89,3 +92,9 @@ class SceneDataset(GroundDataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+
+def _closed(scene: Scene) -> Scene:
+    """The scene without its file handle: a system allows fewer than there may be scenes."""
+    scene.close()
+    return scene

@@ -3,14 +3,16 @@
 TorchGeo's random samplers draw the scene from torch's global generator, whatever `generator` they were given, and
 only the window within it from that one. `Seeded` wraps such a sampler so that an epoch's queries follow from a seed
 and the epoch alone, and leaves the global generator as it was.
+
+What a loader's workers draw globally (torch, NumPy and Python) torch seeds anew in every epoch, and all of it follows
+from the loader's own generator: `DataLoader(..., generator=generator(seed, rank))`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,13 +77,3 @@ class Seeded(Sampler[Any]):
                     return
                 state = torch.get_rng_state()
             yield query
-
-
-def worker_init(seed: int) -> Callable[[int], None]:
-    """`worker_init_fn` of a DataLoader: what workers draw globally follows from `seed` and their number."""
-    return partial(_seed_worker, seed)
-
-
-def _seed_worker(seed: int, worker: int) -> None:
-    torch.manual_seed(number(seed, worker))
-    random.seed(number(seed, worker))

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from babelrs_geo.boxes import from_corners, from_xyxy
-from babelrs_geo.errors import LabelError
+from babelrs_geo.errors import LabelError, SceneError
 
 FOLDERS = {"sar": "SARDet_50K", "rgb": "DOTA_800pix", "ir": "DroneVehicle"}
 """The sensors' folders under a SOI-Det folder."""
@@ -39,6 +40,28 @@ class Record:
     """Pixels of white border around the image in the file, which are no part of the image."""
     dropped: int = 0
     """Objects that are labelled, but not well enough to be here: crowds, those to ignore, and the thinnest."""
+
+
+def frame_pixels(record: Record, mode: str = "RGB") -> NDArray[np.uint8]:
+    """Bytes (h, w, 3) of a record's image without its border, (h, w) for the mode `L`.
+
+    Raises SceneError for an image that cannot be read, or whose numbers are not bytes: Pillow would cut those off.
+    """
+    try:
+        with Image.open(record.path) as image:
+            if image.mode == "F" or image.mode.startswith("I"):
+                raise SceneError(
+                    f"{record.path} has numbers of more than 8 bits (mode {image.mode}), and a frame has bytes; "
+                    "stretch it to them (gdal_translate -ot Byte -scale), or read it as a scene by SceneDataset"
+                )
+            array = np.array(image.convert(mode), dtype=np.uint8)
+    except SceneError:
+        raise
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        cause = " ".join(str(error).split())
+        raise SceneError(f"{record.path} cannot be read as an image ({cause}); copy it again") from error
+    edge = record.border
+    return array[edge : array.shape[0] - edge, edge : array.shape[1] - edge]
 
 
 def read_split(root: Path, sensor: str, split: str, classes: Sequence[str]) -> list[Record]:

@@ -36,21 +36,20 @@ def moments(acquired: Sequence[datetime | None]) -> tuple[Micro, Micro]:
     )
 
 
-def intervals(since: Micro, until: Micro, places: Sequence[tuple[float, ...]]) -> pd.IntervalIndex:
-    """TorchGeo's index of time for rows at `places`, their bounds.
+def intervals(since: Micro, until: Micro) -> pd.IntervalIndex:
+    """TorchGeo's index of time for rows that begin and end at these microseconds (N,).
 
-    Rows of the same bounds and interval could not be asked for one by one: each further one ends a microsecond
-    later (begins so, where its time is unknown).
+    A sampler's query bears the interval of the row that it was drawn from, and is to find that row among others of
+    its time. So no two rows have one interval: of equal ones each further one ends a microsecond later (begins so,
+    where its time is unknown).
     """
-    since, until = since.copy(), until.copy()
-    last = microseconds(ALWAYS[1])
-    count: dict[tuple[Any, ...], int] = {}
-    for i, place in enumerate(places):
-        key = (int(since[i]), int(until[i]), place)
-        more = count.setdefault(key, 0)
-        count[key] += 1
-        (since if until[i] == last else until)[i] += more
-    left, right = (pd.DatetimeIndex(v.astype("datetime64[us]")) for v in (since, until))
+    unknown = until == microseconds(ALWAYS[1])
+    kept, moved = np.where(unknown, until, since), np.where(unknown, since, until)
+    table = pd.DataFrame({"kept": kept, "moved": moved}).sort_values("moved", kind="stable")
+    place = table.groupby("kept").cumcount()
+    moved = ((table["moved"] - place).groupby(table["kept"]).cummax() + place).sort_index().to_numpy()
+    ends = np.where(unknown, moved, since), np.where(unknown, until, moved)
+    left, right = (pd.DatetimeIndex(end.astype("datetime64[us]")) for end in ends)
     return pd.IntervalIndex.from_arrays(left, right, closed="both", name="datetime")
 
 

@@ -20,7 +20,7 @@ from babelrs_geo.datasets.published import Published, prepare
 from babelrs_geo.datasets.soi import FOLDERS, Record, class_names, read_split
 from babelrs_geo.detect import DetectOptions, plan_for
 from babelrs_geo.detections import Detections
-from babelrs_geo.errors import LabelError, ParameterError, SceneError
+from babelrs_geo.errors import LabelError, ParameterError
 from babelrs_geo.models.checkpoints import Header
 
 
@@ -158,11 +158,7 @@ def record_frames(
 
     def load(i: int) -> Frame:
         record = records[i]
-        try:
-            image = load_image(record)
-        except (OSError, ValueError) as error:  # Pillow's own are one or the other
-            cause = " ".join(str(error).split())
-            raise SceneError(f"{record.path} cannot be read as an image ({cause}); copy it again") from error
+        image = load_image(record)
         height, width = image.shape[1:]
         size = (height, width)
         if fit is not None:

@@ -365,8 +365,8 @@ class TrainingData(RunData):
             batch_sampler=Turns(shares),
             collate_fn=Join(sum(quota.values())),
             num_workers=workers,
-            worker_init_fn=begin_work(recipe.seed),
-            generator=generator(recipe.seed, start),
+            worker_init_fn=begin_work,
+            generator=generator(recipe.seed, start, rank),
             prefetch_factor=max(1, 4 // turns) if workers else None,
             pin_memory=self.pinned,
         )

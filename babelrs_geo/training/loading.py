@@ -7,29 +7,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from babelrs_geo.datasets.seeding import worker_init
 from babelrs_geo.errors import BabelError, TrainingError
 
 _GRACE = 2.0  # seconds between the processes of a run that are told to stop one by one
 
 
-def begin_work(seed: int) -> Callable[[int], None]:
-    """`worker_init_fn`: draws follow from the seed, and an interrupt from the terminal, which reaches all, is outlived.
+def begin_work(worker: int) -> None:
+    """`worker_init_fn`: an interrupt from the terminal, which reaches all, is outlived.
 
     The parent has a step in hand to end. It ends its workers by SIGTERM, to which they are therefore open.
     """
-    return partial(_begin_work, seed)
-
-
-def _begin_work(seed: int, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    worker_init(seed)(worker)
 
 
 class Batches:

@@ -212,8 +212,8 @@ class CorpusData(RunData):
             batch_sampler=QuotaSampler(mixture.sizes(), quota, recipe.seed, begin, recipe.steps, rank, world),
             collate_fn=Join(recipe.micro, self.padding),
             num_workers=recipe.run.workers,
-            worker_init_fn=begin_work(recipe.seed),
-            generator=generator(recipe.seed, begin),
+            worker_init_fn=begin_work,
+            generator=generator(recipe.seed, begin, rank),
             prefetch_factor=2 if recipe.run.workers else None,
             pin_memory=self.pinned,
         )
