@@ -346,15 +346,29 @@ def test_stand_ins_for_missing_images_do_not_count_but_have_gradients() -> None:
     model = PivotModel(COMPACT).eval()
     text, tiles = batch_of(COMPACT, ("Q", "A", 0), ("Why?", "B", 1), side=64)
     blank = torch.cat([torch.ones(1, 3, 64, 64), tiles])
-    real = torch.tensor([False, True])
     torch.testing.assert_close(
-        model(text, blank, IMAGE_TOKEN, real).loss, model(text, tiles, IMAGE_TOKEN).loss
+        model(text, blank, IMAGE_TOKEN, torch.tensor([1])).loss, model(text, tiles, IMAGE_TOKEN).loss
     )
+    none = torch.zeros(0, dtype=torch.long)
     text, _ = batch_of(COMPACT, ("Q", "A", 0), side=64)
-    model(text, blank[:1], IMAGE_TOKEN, real[:1]).loss.backward()
+    model(text, blank[:1], IMAGE_TOKEN, none).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     plain = model(text, None, IMAGE_TOKEN)
-    torch.testing.assert_close(plain.loss, model(text, blank[:1], IMAGE_TOKEN, real[:1]).loss)
+    torch.testing.assert_close(plain.loss, model(text, blank[:1], IMAGE_TOKEN, none).loss)
+
+
+def test_a_tile_that_several_conversations_are_about_is_seen_once() -> None:
+    model = PivotModel(COMPACT).eval()
+    text, tiles = batch_of(COMPACT, ("Q", "A", 1), ("Why?", "B", 1), ("Where?", "C", 1), side=64)
+    which = torch.tensor([1, 0, 1])
+
+    def learnt(tiles: torch.Tensor, which: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        loss = model(text, tiles, IMAGE_TOKEN, which).loss
+        loss.backward()
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(learnt(tiles[:2], which), learnt(tiles[:2][which], None))
 
 
 def test_images_that_do_not_fit_the_text_are_refused() -> None:

@@ -28,14 +28,15 @@ from babelrs_geo.datasets.instruct import Corpus, InstructOptions, write_corpus
 from babelrs_geo.datasets.samplers import Numbered
 from babelrs_geo.errors import LabelError, ParameterError, TrainingError, WeightsError
 from babelrs_geo.models import checkpoints
+from babelrs_geo.models.conversation import TextBatch
 from babelrs_geo.models.detector import COMPACT
 from babelrs_geo.models.official import INTERNVIT
-from babelrs_geo.models.pivot import PivotModel
+from babelrs_geo.models.pivot import PivotModel, image_token_of
 from babelrs_geo.models.plain import from_plain
 from babelrs_geo.training.loading import Batches
 from babelrs_geo.training.measured import Tally
 from babelrs_geo.training.pretrain.answers import Asker, figures, questions, same
-from babelrs_geo.training.pretrain.corpora import CorpusData, corpora, fingerprint, joined
+from babelrs_geo.training.pretrain.corpora import CorpusData, Groups, corpora, fingerprint, joined
 from babelrs_geo.training.pretrain.recipe import AskPart, PretrainRecipe, names, read
 from babelrs_geo.training.pretrain.run import ANSWERS, ENCODER, PIVOT, Pretrained, build, encoder_of, fit
 from babelrs_geo.training.recipe import Recipe
@@ -317,10 +318,35 @@ def test_text_alone_and_several_images_are_learnt_from(root: Path, tmp_path: Pat
     model, tokenizer = build(how)
     encoder = CorpusData(how, model.config, tokenizer, [tmp_path / "mixed.meta.json"]).encoder
     corpus = Corpus(tmp_path / "mixed.meta.json")
-    alone, two, long = (encoder.encoded(corpus[k]) for k in range(3))
+    alone, two, long = (encoder.encoded([corpus[k]]) for k in range(3))
     assert alone is not None and not alone.real and bool((alone.tiles == 255).all())
     assert two is not None and len(two.tiles) == 2
     assert long is None  # all answers are beyond the longest
+
+
+def test_conversations_about_one_image_are_learnt_from_together(root: Path) -> None:
+    conversations = joined(corpora([root / "corpus.jsonl"]))
+    groups = Groups(conversations, 3)
+    assert sorted(number for row in groups.rows for number in row) == list(range(len(conversations)))
+    assert {len(row) for row in groups.rows} == {2, 3}
+    assert all(len({each.images for each in groups[k]}) == 1 for k in range(len(groups)))
+    assert Groups(conversations, 1).rows == [[number] for number in range(len(conversations))]
+    how = recipe(root, STEPS, micro=2, accumulate=1, together=3)
+    model, tokenizer = build(how)
+    source = CorpusData(how, model.config, tokenizer, [root / "corpus.jsonl"])
+    ((micro,), *_) = Batches(lambda: source.loaders(0))
+    assert len(micro["tiles"]) == 2 and 4 <= len(micro["names"]) <= 6
+    text = TextBatch(*(micro[name] for name in ("input_ids", "labels", "attention_mask", "position_ids")))
+    model.eval()
+    image, tiles = image_token_of(tokenizer), micro["tiles"].float() / 255
+    with torch.no_grad():
+        once = model(text, tiles, image, micro["which"])
+        each = model(text, tiles[micro["which"]], image)
+    torch.testing.assert_close(once.losses, each.losses)
+    first = micro["names"][0]
+    (own,) = (k for k in range(len(conversations)) if conversations[k].where == first)
+    alone = source.encoder.encoded([conversations[own]])
+    assert alone is not None and torch.equal(alone.tiles[0], micro["tiles"][0])
 
 
 def test_blank_and_shuffled_images_are_what_they_say(root: Path) -> None:

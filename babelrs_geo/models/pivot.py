@@ -211,21 +211,22 @@ class PivotModel(nn.Module):
         return self.mlp1(pixel_shuffle(maps, self.config.shuffle).flatten(1, 2))
 
     def embed(
-        self, ids: Tensor, tiles: Tensor | None, image_token: int, real: Tensor | None = None
+        self, ids: Tensor, tiles: Tensor | None, image_token: int, which: Tensor | None = None
     ) -> Tensor:
         """Embeddings (B, L, C) of tokens, those of images in their places, in order.
 
-        `real` (T,) is False for tiles that stand in where a conversation has no image: they are seen, so
-        that every process has the same gradients, and do not count. Raises ParameterError where the number
-        of `image_token`s is not that of the tiles' tokens.
+        `which` (K,) says which tile stands in each place, where it is not each once: a tile that several conversations
+        are about is seen once for all of them. One that stands nowhere is seen as well, so that every process has
+        the same gradients, and does not count. Raises ParameterError where the number of `image_token`s is not that of
+        the tiles' tokens.
         """
         embedded = self.table(ids)
         if tiles is None:
             return embedded
         seen = self.see(tiles).to(embedded.dtype)
-        if real is not None:
+        if which is not None:
             embedded = embedded + 0 * seen.sum()
-            seen = seen[real]
+            seen = seen[which]
         marked = ids == image_token
         seen = seen.flatten(0, 1)
         if not ids.is_meta and int(marked.sum()) != len(seen):
@@ -239,12 +240,14 @@ class PivotModel(nn.Module):
         text: TextBatch,
         tiles: Tensor | None,
         image_token: int,
-        real: Tensor | None = None,
+        which: Tensor | None = None,
         *,
         all_logits: bool = False,
     ) -> PivotOutput:
-        """Loss of conversations about tiles (T, 3, S, S), which lie in the order of their image tokens."""
-        embedded = self.embed(text.input_ids, tiles, image_token, real)
+        """Loss of conversations about tiles (T, 3, S, S), which lie in the order of their image tokens unless `which`
+        (K,) says which comes where, as in `embed`.
+        """
+        embedded = self.embed(text.input_ids, tiles, image_token, which)
         following = F.pad(text.labels[:, 1:], (0, 1), value=IGNORED)
         counted = following != IGNORED
         if all_logits or counted.is_meta:

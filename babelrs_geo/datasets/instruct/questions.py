@@ -153,8 +153,8 @@ def presence(image: LabelledImage, rng: Random, most: int) -> Asked | None:
         around, without = _areas(image, thing, rng)
         if without is None or (yes and around is None):
             return None
-        text, subject = rng.choice(_PRESENCE_IN), f"area {thing}"
         box = boxes_text(np.array([around if yes else without]))
+        text, subject = rng.choice(_PRESENCE_IN), box
     question = text.format(one=indefinite(thing), many=plural(thing), box=box)
     return Asked(question, "Yes." if yes else "No.", subject)
 

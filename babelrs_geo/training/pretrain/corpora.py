@@ -33,21 +33,19 @@ _TRIES = 10  # conversations tried for one place, as in the original
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """One conversation as it is learnt from."""
+    """Conversations about the same images as they are learnt from."""
 
-    encoded: Encoded
+    encoded: tuple[Encoded, ...]
     tiles: Tensor
-    """(T, 3, S, S) uint8: those of its images in turn, or a white one where it has none."""
+    """(T, 3, S, S) uint8: those of their images in turn, or a white one where there is none."""
     real: bool
     """False for the white one."""
-    sensor: str | None
-    task: str | None
-    name: str
-    """File and line."""
+    about: tuple[Conversation, ...]
 
 
 Micro = dict[str, Any]
-"""What is computed at once: the tensors of a `TextBatch` by name, `tiles`, `real` (T,); `sensors`, `tasks`, `names`."""
+"""What is computed at once: the tensors of a `TextBatch` by name; `tiles`, and `which` of them stand where; `sensors`,
+`tasks` and `names` of the conversations."""
 
 
 def corpora(paths: Sequence[Path]) -> list[Corpus]:
@@ -94,47 +92,66 @@ def picture(path: Path, where: str) -> NDArray[np.uint8]:
         ) from error
 
 
+class Groups(Dataset[tuple[Conversation, ...]]):
+    """Conversations by their images: up to `most` about the same ones together, as evenly as can be."""
+
+    def __init__(self, conversations: Numbered, most: int) -> None:
+        self.conversations = conversations
+        self.rows: list[list[int]] = []
+        alike: dict[Any, list[int]] = {}
+        for number in range(len(conversations)):
+            each = conversations[number] if most > 1 else None
+            key = (each.images, each.most_tiles) if each is not None and each.images else number
+            alike.setdefault(key, []).append(number)
+        for rows in alike.values():
+            self.rows += [part.tolist() for part in np.array_split(rows, -(-len(rows) // most))]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Conversation, ...]:
+        return tuple(self.conversations[number] for number in self.rows[index])
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """A conversation and a generator to what is learnt; another conversation where too little of it fits."""
+    """A group of conversations and a generator to what is learnt; another group where too little of it fits."""
 
-    conversations: Numbered
+    groups: Groups
     tokenizer: Any
     config: PivotConfig
     view: ViewPart
 
-    def __call__(self, conversation: Conversation, source: Generator) -> Learnt:
-        """The conversation as tokens and tiles. Raises LabelError where none of many fits."""
+    def __call__(self, group: Sequence[Conversation], source: Generator) -> Learnt:
+        """The conversations as tokens and tiles. Raises LabelError where none of many fits."""
         for _ in range(_TRIES):
-            made = self.encoded(conversation)
+            made = self.encoded(group)
             if made is not None:
                 return made
-            number = int(torch.randint(len(self.conversations), (), generator=source))
-            conversation = self.conversations[number]
+            last = group[-1]
+            group = self.groups[int(torch.randint(len(self.groups), (), generator=source))]
         raise LabelError(
-            f"{_TRIES} conversations do not fit {self.view.longest} tokens, {conversation.where} the last; raise "
+            f"{_TRIES} conversations do not fit {self.view.longest} tokens, {last.where} the last; raise "
             "view.longest, or lower view.most_tiles"
         )
 
-    def encoded(self, conversation: Conversation) -> Learnt | None:
-        """None where its images or answers do not fit."""
+    def encoded(self, group: Sequence[Conversation]) -> Learnt | None:
+        """Those of which images and answers fit, which all have the same images; None where none does."""
+        first = group[0]
         options = TileOptions(
-            self.view.tile, conversation.most_tiles or self.view.most_tiles, self.view.thumbnail
-        ).shared_by(len(conversation.images))
-        tiles = [as_bytes(cut(picture(path, conversation.where), options)) for path in conversation.images]
-        each = self.config.tokens(self.view.tile)
-        text = encode(
-            conversation.turns,
-            self.tokenizer,
-            [len(own) * each for own in tiles],
-            self.view.longest,
-            self.view.system,
-        )
-        if text is None:
+            self.view.tile, first.most_tiles or self.view.most_tiles, self.view.thumbnail
+        ).shared_by(len(first.images))
+        tiles = [as_bytes(cut(picture(path, first.where), options)) for path in first.images]
+        tokens = [len(own) * self.config.tokens(self.view.tile) for own in tiles]
+        view = self.view
+        texts = [encode(each.turns, self.tokenizer, tokens, view.longest, view.system) for each in group]
+        fitting = [(text, each) for text, each in zip(texts, group, strict=True) if text is not None]
+        if not fitting:
             return None
         white = torch.full((1, 3, self.view.tile, self.view.tile), 255, dtype=torch.uint8)
         seen = torch.cat(tiles) if tiles else white
-        return Learnt(text, seen, bool(tiles), conversation.sensor, conversation.task, conversation.where)
+        encoded, about = zip(*fitting, strict=True)
+        return Learnt(encoded, seen, bool(tiles), about)
 
 
 def as_bytes(tiles: Tensor) -> Tensor:
@@ -144,7 +161,7 @@ def as_bytes(tiles: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Join:
-    """Conversations of a step as its micro-batches."""
+    """Groups of conversations of a step as its micro-batches."""
 
     micro: int
     padding: int
@@ -155,14 +172,18 @@ class Join:
 
     def join(self, samples: Sequence[Learnt]) -> Micro:
         """One micro-batch."""
-        text = collate([each.encoded for each in samples], self.padding)
+        text = collate([each for group in samples for each in group.encoded], self.padding)
+        tiles = torch.arange(sum(len(group.tiles) for group in samples))
+        own = tiles.split([len(group.tiles) for group in samples])
+        which = [mine.repeat(len(g.encoded)) for g, mine in zip(samples, own, strict=True) if g.real]
+        about = [each for group in samples for each in group.about]
         return {
             **vars(text),
-            "tiles": torch.cat([each.tiles for each in samples]),
-            "real": torch.cat([torch.full((len(each.tiles),), each.real) for each in samples]),
-            "sensors": [each.sensor for each in samples],
-            "tasks": [each.task for each in samples],
-            "names": [each.name for each in samples],
+            "tiles": torch.cat([group.tiles for group in samples]),
+            "which": torch.cat([*which, tiles[:0]]),
+            "sensors": [each.sensor for each in about],
+            "tasks": [each.task for each in about],
+            "names": [each.where for each in about],
         }
 
 
@@ -178,7 +199,8 @@ class CorpusData(RunData):
         if not self.corpora:
             raise LabelError("there is nothing to learn from; name a corpus: --data corpus.meta.json")
         self.conversations = joined(self.corpora)
-        self.encoder = Encoder(self.conversations, tokenizer, config, recipe.view)
+        self.groups = Groups(self.conversations, recipe.together)
+        self.encoder = Encoder(self.groups, tokenizer, config, recipe.view)
         self.padding = int(tokenizer.pad_token_id)
         self.pinned = False
         self.batches: Batches | None = None
@@ -205,7 +227,7 @@ class CorpusData(RunData):
     def loaders(self, begin: int, rank: int = 0, world: int = 1) -> Iterator[DataLoader[Any]]:
         """Of the steps from a global step to the run's end; each is a list of `Micro`."""
         recipe = self.recipe
-        mixture = Mixture({"corpora": self.conversations}, {"corpora": self.encoder})
+        mixture = Mixture({"corpora": self.groups}, {"corpora": self.encoder})
         quota = {"corpora": recipe.micro * recipe.accumulate}
         yield DataLoader(
             mixture,

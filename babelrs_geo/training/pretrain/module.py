@@ -109,7 +109,7 @@ class PivotTraining(Measured):
     def _learn(self, micro: Micro, count: int) -> None:
         """Gradients of one of so many micro-batches, added to those that there are."""
         text = TextBatch(*(micro[name] for name in _TEXT))
-        out = self.model(text, micro["tiles"].float() / 255, self.image_token, micro["real"])
+        out = self.model(text, micro["tiles"].float() / 255, self.image_token, micro["which"])
         if not torch.isfinite(out.loss):
             told = "; ".join(
                 f"{name} {float(loss):g}" for name, loss in zip(micro["names"], out.losses, strict=True)

@@ -129,7 +129,13 @@ class PretrainRecipe:
     """Of the optimizer, which is LVSA's clock."""
     lr: Rate
     micro: Count = 1
-    """Conversations that a process computes at once. The loss is the mean over their answers' tokens."""
+    """Conversations, or groups of `together`, that a process computes at once. The loss is the mean over their answers'
+    tokens.
+    """
+    together: Count = 1
+    """Up to so many conversations about the same images are learnt from together: the images, which cost most, are then
+    seen once for all of them.
+    """
     accumulate: Count = 1
     """Micro-batches of a process in a step; their losses count the same."""
     processes: Count | None = None
