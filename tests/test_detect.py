@@ -325,6 +325,8 @@ def test_a_crs_that_is_none_or_cannot_show_the_ground_is_refused(scene, tmp_path
         ({"scales": (0.25,)}, "pass --gsd"),
         ({"score": 1.5}, "score is 1.5"),
         ({"classes": ()}, "classes is empty"),
+        ({"classes": "ship"}, "classes is the text"),
+        ({"batch": 2.5}, "batch is 2.5"),
         ({"gsd": "fine"}, 'gsd is "fine"'),
         ({"gsd": 0}, "gsd is 0"),
         ({"batch": 0}, "batch is 0"),

@@ -9,9 +9,11 @@ def test_the_public_names_are_these():
     assert sorted(babelrs_geo.__all__) == [
         "DetectOptions",
         "Found",
+        "Running",
         "Scene",
         "SceneOptions",
         "Sensor",
+        "Workers",
         "__version__",
         "detect",
         "open_scene",

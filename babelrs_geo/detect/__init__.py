@@ -97,10 +97,10 @@ class DetectOptions:
         Grid(1, 1, tile, self.overlap)  # refuses what no grid can have
         if self.score is not None and not 0 <= self.score <= 1:
             raise ParameterError(f"score is {self.score:g}, expected a number from 0 to 1")
-        if isinstance(self.classes, str) or (self.classes is not None and not self.classes):
-            raise ParameterError(
-                f'classes is "{self.classes or "empty"}"; expected names, such as ("ship",), or leave it out for all'
-            )
+        if isinstance(self.classes, str):
+            raise ParameterError(f'classes is the text "{self.classes}", expected names such as ("ship", "car")')
+        if self.classes is not None and not self.classes:
+            raise ParameterError("classes is empty: name at least one class, or leave it out for all")
         if isinstance(self.gsd, str) and self.gsd != NATIVE:
             raise ParameterError(f'gsd is "{self.gsd}", expected metres per pixel or "{NATIVE}"')
         if isinstance(self.gsd, int | float) and not 0 < self.gsd < float("inf"):
