@@ -637,7 +637,7 @@ def test_where_another_run_of_the_folder_ends_first_it_is_told(tmp_path):
 def test_a_process_that_is_lost_costs_nothing_twice(tmp_path, lost):
     path = write_raster(
         tmp_path / "scene",
-        Raster(speckle(1100, 1100), creation={"tiled": True, "blockxsize": 128, "blockysize": 128}),
+        Raster(speckle(1900, 1900), creation={"tiled": True, "blockxsize": 128, "blockysize": 128}),
     )
     options = ChipOptions(size=128, overlap=32, block=1, split=(1, 0, 0))
     left = [lost]

@@ -98,7 +98,9 @@ class DetectOptions:
         if self.score is not None and not 0 <= self.score <= 1:
             raise ParameterError(f"score is {self.score:g}, expected a number from 0 to 1")
         if isinstance(self.classes, str):
-            raise ParameterError(f'classes is the text "{self.classes}", expected names such as ("ship", "car")')
+            raise ParameterError(
+                f'classes is the text "{self.classes}", expected names such as ("ship", "car")'
+            )
         if self.classes is not None and not self.classes:
             raise ParameterError("classes is empty: name at least one class, or leave it out for all")
         if isinstance(self.gsd, str) and self.gsd != NATIVE:
