@@ -56,19 +56,13 @@ class Conversation:
     """Whether its part asks for augmented images."""
     source: Path | None = None
     """The JSONL file."""
-    offset: int = 0
-    """Byte at which the record begins there."""
+    line: int = 0
+    """Its line there, from 1."""
 
     @property
     def where(self) -> str:
         """File and line, for messages."""
-        return "a conversation" if self.source is None else _where(self.source, self.offset)
-
-
-def _where(path: Path, offset: int) -> str:
-    with path.open("rb") as file:
-        line = file.read(offset).count(b"\n") + 1
-    return f"{path}:{line}"
+        return "a conversation" if self.source is None else f"{self.source}:{self.line}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,25 +79,27 @@ class Part:
     sensor: str | None
     offsets: NDArray[np.int64]
     """Bytes at which the records begin that are used, before they are repeated."""
+    lines: NDArray[np.int64]
+    """And their lines, from 1."""
 
     def __len__(self) -> int:
         return len(self.offsets) * max(1, int(self.repeat))
 
     def read(self, number: int) -> Conversation:
         """A record. Raises LabelError, naming file and line, where it is none."""
-        offset = int(self.offsets[number % len(self.offsets)])
+        place = number % len(self.offsets)
+        line = int(self.lines[place])
         with self.annotation.open("rb") as file:
-            file.seek(offset)
-            line = file.readline()
+            file.seek(self.offsets[place])
+            text = file.readline()
         try:
-            return self._parse(json.loads(line), offset)
+            return self._parse(json.loads(text), line)
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
-            where = _where(self.annotation, offset)
             raise LabelError(
-                f"{where} is no record ({' '.join(str(error).split())}); mend or drop it"
+                f"{self.annotation}:{line} is no record ({' '.join(str(error).split())}); mend or drop it"
             ) from None
 
-    def _parse(self, record: Any, offset: int) -> Conversation:
+    def _parse(self, record: Any, line: int) -> Conversation:
         """Raises ValueError with what is wrong."""
         if not isinstance(record, dict):
             raise ValueError("expected an object with image and conversations")
@@ -119,7 +115,7 @@ class Part:
             most_tiles=self.most_tiles,
             augment=self.augment,
             source=self.annotation,
-            offset=offset,
+            line=line,
         )
 
 
@@ -153,7 +149,7 @@ def _images(record: Mapping[str, Any]) -> tuple[str, ...]:
 class Corpus:
     """The conversations of a meta JSON, part after part: `Corpus("corpus.meta.json")[0]`.
 
-    A map-style dataset for a `DataLoader`. It holds where records begin, eight bytes each, and reads them when
+    A map-style dataset for a `DataLoader`. It holds where records begin, sixteen bytes each, and reads them when
     asked. Raises LabelError where the meta JSON or a file it names cannot be used, or has no record.
     """
 
@@ -211,7 +207,8 @@ def _part(meta: Path, name: str, entry: Mapping[str, Any]) -> Part:
         wanted(key, isinstance(entry.get(key, ""), str), "a word")
     wanted("data_augment", isinstance(entry.get("data_augment", False), bool), "true or false")
     annotation = meta.parent / entry["annotation"]
-    offsets = _offsets(annotation, f"{meta} names it")
+    offsets, lines = _offsets(annotation, f"{meta} names it")
+    used = int(len(offsets) * min(repeat, 1))
     return Part(
         name,
         meta.parent / entry["root"],
@@ -221,16 +218,17 @@ def _part(meta: Path, name: str, entry: Mapping[str, Any]) -> Part:
         entry.get("data_augment", False),
         entry.get("task"),
         entry.get("sensor"),
-        offsets[: int(len(offsets) * repeat)] if repeat < 1 else offsets,
+        offsets[:used],
+        lines[:used],
     )
 
 
-def _offsets(path: Path, why: str) -> NDArray[np.int64]:
-    """Where the lines of a file begin, in bytes; those without text left out."""
+def _offsets(path: Path, why: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the lines of a file begin, in bytes, and their numbers from 1; those without text left out."""
     try:
         with path.open("rb") as file:
             lengths = np.fromiter((len(x) if x.strip() else -len(x) for x in file), np.int64)
     except OSError as error:
         raise LabelError(f"{path} cannot be read ({error.strerror}); {why}") from None
     starts: NDArray[np.int64] = np.cumsum(np.abs(lengths)) - np.abs(lengths)
-    return starts[lengths > 0]
+    return starts[lengths > 0], np.flatnonzero(lengths > 0) + 1
