@@ -20,7 +20,6 @@ import argparse
 import csv
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ import torch
 import yaml
 
 from babelrs_geo.datasets.instruct import Corpus, InstructOptions, write_corpus
+from babelrs_geo.drafts import draft
 from babelrs_geo.errors import BabelError, ParameterError
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.detector import Detector, DetectorConfig
@@ -323,9 +323,8 @@ def recorded(every: Sequence[Arm], records: Path, marks: Mapping[str, str]) -> d
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with draft(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")
 
 
 def tell(results: Sequence[Mapping[str, Any]], records: Path) -> None:
