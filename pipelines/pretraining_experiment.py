@@ -10,7 +10,8 @@ start from one encoder, which `babelrs-geo pretrain` left in OUT/pretrain.paper.
 
 What came of an arm is written to a small file in `--records` (docs/pretraining_experiment; OUT/records where `--steps`
 or another protocol is given): figures, curves, minutes and machine, and a hash of the protocol. An arm that has one is
-done, wherever it ran, so that machines may take turns. results.md and results.png beside the records are made of them
+done, wherever it ran, so that machines may take turns. What a tile costs is measured of all architectures in one run,
+by `--time` instead of training, and kept in costs.json. results.md and results.png beside these files are made of them
 alone. `--steps` shortens everything, to try it out.
 """
 
@@ -35,13 +36,13 @@ from babelrs_geo.datasets.instruct import Corpus, InstructOptions, write_corpus
 from babelrs_geo.drafts import draft
 from babelrs_geo.errors import BabelError, ParameterError
 from babelrs_geo.models import checkpoints
-from babelrs_geo.models.detector import Detector, DetectorConfig
+from babelrs_geo.models.detector import Detector
 from babelrs_geo.models.plain import from_plain
 from babelrs_geo.training.pretrain.recipe import read as read_pretraining
 from babelrs_geo.training.pretrain.run import ENCODER
 from babelrs_geo.training.pretrain.run import fit as pretrain
 from babelrs_geo.training.recipe import Recipe
-from babelrs_geo.training.run import FINAL, Place, fit
+from babelrs_geo.training.run import FINAL, Place, configuration, fit
 
 PROTOCOL = Path(__file__).with_suffix(".yaml")
 RECORDS = Path(__file__).parents[1] / "docs" / "pretraining_experiment"
@@ -51,6 +52,9 @@ ASKED = "asked.json"
 """Which questions are there."""
 POINTS = 100
 """Of a curve in a record."""
+COSTS = "costs.json"
+"""What a tile costs, by arm."""
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,15 @@ def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int
         if pretrain(read_pretraining(part["recipe"], changes), [corpus], place, [held_out]).stopped:
             return False
         start = {"start": str(place.folder / ENCODER)}
+    recipe = fine_tuning(arm, protocol, start)
+    last = arm.steps if steps is None else steps
+    if last is not None:
+        recipe = replace(recipe, phases=(replace(recipe.phases[0], steps=last, cooldown=1),))
+    return not fit(recipe, [data], Place(folder=out / arm.folder, resume=True)).stopped
+
+
+def fine_tuning(arm: Arm, protocol: Mapping[str, Any], start: Mapping[str, str] | None = None) -> Recipe:
+    """How an arm's detector learns, from `start` where that says of another start than the protocol's."""
     own = protocol["train"]
     size = {**own["model"].get("architecture", {}), **arm.architecture}
     plain = {
@@ -127,13 +140,9 @@ def run(arm: Arm, protocol: Mapping[str, Any], data: Path, out: Path, steps: int
         "seed": arm.seed,
         "precision": arm.precision,
         "data": {**own.get("data", {}), "sensors": list(arm.sensors)},
-        "model": {**own["model"], "architecture": size, **start},
+        "model": {**own["model"], "architecture": size, **(start or {})},
     }
-    recipe = from_plain(Recipe, plain)
-    last = arm.steps if steps is None else steps
-    if last is not None:
-        recipe = replace(recipe, phases=(replace(recipe.phases[0], steps=last, cooldown=1),))
-    return not fit(recipe, [data], Place(folder=out / arm.folder, resume=True)).stopped
+    return from_plain(Recipe, plain)
 
 
 def outcome(arm: Arm, out: Path) -> dict[str, Any]:
@@ -149,7 +158,6 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any]:
         "sensors": {s: {k: header.metrics[s][k] for k in shown} for s in judged},
         "h_map": header.metrics["h_map"],
         "gradients": means,
-        "milliseconds": milliseconds(header.architecture, arm.sensors),
         "minutes_by_machine": header.training.get("minutes_by_machine", {}),
         "curves": {name: curve(log, name) for name in ("loss", "gradient", "cosine")},
     }
@@ -159,25 +167,30 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any]:
     return told
 
 
-def milliseconds(architecture: Mapping[str, Any], sensors: Sequence[str]) -> dict[str, float]:
-    """Processor time of a tile of 640 px by sensor, on one thread: the least of three, weights at random."""
-    torch.manual_seed(0)
-    model, tile = Detector(DetectorConfig.from_dict(architecture)).eval(), torch.rand(1, 3, 640, 640)
-    found: dict[str, float] = {}
-    before = torch.get_num_threads()
+def costs(every: Sequence[Arm], protocol: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Processor time of a tile of 640 px in milliseconds, by arm and sensor, on one thread, weights at random: the
+    least of `ROUNDS`, in each of which every architecture has its turn.
+    """
+    configs = {arm.name: configuration(fine_tuning(arm, protocol).model) for arm in every}
+    models: dict[str, Detector] = {}  # by architecture
+    for config in configs.values():
+        torch.manual_seed(0)
+        models.setdefault(str(config), Detector(config).eval())
+    taken: dict[str, dict[str, float]] = {drawn: {} for drawn in models}
+    tile, before = torch.rand(1, 3, 640, 640), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            for sensor in sensors:
-                taken = []
-                for _ in range(3):
-                    begun = time.process_time()
-                    model.predict(tile, sensor)
-                    taken.append(1000 * (time.process_time() - begun))
-                found[sensor] = round(min(taken), 1)
+            for _ in range(ROUNDS):
+                for drawn, model in models.items():
+                    for sensor in model.config.classes:
+                        begun = time.process_time()
+                        model.predict(tile, sensor)
+                        spent = round(1000 * (time.process_time() - begun), 1)
+                        taken[drawn][sensor] = min(spent, taken[drawn].get(sensor, spent))
     finally:
         torch.set_num_threads(before)
-    return found
+    return {name: taken[str(config)] for name, config in configs.items()}
 
 
 def _watched(name: str) -> bool:
@@ -222,7 +235,7 @@ def curve(log: Sequence[Mapping[str, str]], column: str) -> dict[str, list[float
     }
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
+def table(results: Sequence[Mapping[str, Any]], spent: Mapping[str, Mapping[str, float]]) -> str:
     """MAP of each sensor, H-mAP and AP50 as Markdown, mean and range over the seeds; and what a tile costs."""
     lines = ["| arm | seeds | sar | rgb | ir | H-mAP | AP50 sar | rgb | ir | ms a tile |", "|---" * 10 + "|"]
     for name in dict.fromkeys(each["arm"] for each in results):
@@ -235,9 +248,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             for kind in ("map", "ap50")
         }
         together = _spread([each["h_map"] for each in own if len(each["sensors"]) == 3])
-        cost = fmean(value for each in own for value in each["milliseconds"].values())
+        cost = f"{fmean(spent[name].values()):.0f}" if name in spent else "–"
         cells = [name, str(len({each["seed"] for each in own})), *told["map"], together, *told["ap50"]]
-        lines.append(f"| {' | '.join(cells)} | {cost:.0f} |")
+        lines.append(f"| {' | '.join(cells)} | {cost} |")
     return "\n".join(lines) + "\n"
 
 
@@ -329,8 +342,10 @@ def write(path: Path, text: str) -> None:
 
 def tell(results: Sequence[Mapping[str, Any]], records: Path) -> None:
     """Write what came out so far."""
+    known = records / COSTS
+    spent = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     draw(results, records / "results.png")
-    write(records / "results.md", f"{table(results)}\n{answers(results)}")
+    write(records / "results.md", f"{table(results, spent)}\n{answers(results)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -346,6 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--records", type=Path, help="folder of what came out")
     parser.add_argument("--only", help="some arms, such as A.0,C.1")
     parser.add_argument("--steps", type=int, help="so many in every run, to see that it runs")
+    parser.add_argument("--time", action="store_true", help="measure what a tile costs, and train nothing")
     args = parser.parse_args(arguments)
     protocol = yaml.safe_load(args.protocol.read_text(encoding="utf-8"))
     every = arms(protocol)
@@ -361,6 +377,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records = args.records or (args.out / "records" if own else RECORDS)
         records.mkdir(parents=True, exist_ok=True)
         marks = {arm.folder: fingerprint(protocol, arm, args.steps) for arm in every}
+        if args.time:
+            write(records / COSTS, json.dumps(costs(every, protocol)) + "\n")
+            tell(list(recorded(every, records, marks).values()), records)
+            return
         prepare(protocol, args.data, args.out)
         for arm in chosen:
             if arm.folder in recorded(every, records, marks):

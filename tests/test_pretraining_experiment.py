@@ -49,7 +49,9 @@ def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_one_runs_arm_by_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_one_runs_arm_by_arm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_data(tmp_path)
     train = {**tiny_recipe(2), "name": "tiny"}
     train["phases"] = train["phases"][:1]
@@ -88,6 +90,12 @@ def test_a_short_one_runs_arm_by_arm(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert early["sensors"] == {} and early["curves"]["loss"]["step"] == [1]
     assert "| A16 | 1 | – | – | – | – | – | – | – | " in (out / "records" / "results.md").read_text()
     assert capsys.readouterr().out == "A16.0 is done\n"
+    monkeypatch.setattr(experiment, "ROUNDS", 1)
+    experiment.main([*words, "--time"])
+    costs = json.loads((out / "records" / "costs.json").read_text())
+    assert list(costs) == ["A", "C", "D", "A16"] and costs["A"] == costs["C"] and min(costs["A"].values()) > 0
+    cost = round(sum(costs["A"].values()) / len(costs["A"]))
+    assert f" {cost} |" in (out / "records" / "results.md").read_text().split("| A | 1 |")[1].split("\n")[0]
     with pytest.raises(SystemExit, match="names no arm"):
         experiment.main([*words, "--only", "E.0"])
     # what has a record is done, wherever it ran; a record of another protocol is not taken for one of this
