@@ -15,7 +15,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from babelrs_geo.models.adapter import DeformableAttention
 from babelrs_geo.models.gfl import GFLConfig, GFLHead, HorizontalTarget, atss_assign
-from babelrs_geo.models.oriented_rcnn import OrientedRPN, OrientedTarget, RPNConfig
+from babelrs_geo.models.oriented_rcnn import OrientedRoI, OrientedRPN, OrientedTarget, RoIConfig, RPNConfig
 from babelrs_geo.models.rotated import outer
 
 seeds = st.integers(0, 10**6)
@@ -103,6 +103,23 @@ def test_the_losses_gradients_equal_their_differences() -> None:
         assert gradcheck(
             lambda x, beta=beta: F.smooth_l1_loss(x, torch.zeros_like(x), beta=beta), exact(6, 5)
         )
+
+
+def test_the_box_weight_is_of_the_boxes_alone() -> None:
+    rng = np.random.default_rng(0)
+    maps = [torch.from_numpy(rng.normal(size=(1, 4, 64 // s, 64 // s))).float() for s in (4, 8, 16, 32)]
+    target = OrientedTarget(
+        torch.tensor([[20.0, 20, 16, 8, 0.3]]), torch.zeros(1, dtype=torch.long), (64, 64)
+    )
+    found = target.boxes + torch.tensor([[1.0, -1, 2, 1, 0.05]])
+    told = []
+    for weight in (1.0, 4.0):
+        torch.manual_seed(0)
+        roi = OrientedRoI(RoIConfig(channels=8, samples=8, box_weight=weight), 4, 2)
+        told.append(roi.loss(maps, [found], [target]))
+    assert told[0]["loss_bbox"] > 0
+    torch.testing.assert_close(told[1]["loss_bbox"], 4 * told[0]["loss_bbox"])
+    torch.testing.assert_close(told[1]["loss_cls"], told[0]["loss_cls"])
 
 
 def test_deformable_attention_looks_where_it_says() -> None:

@@ -57,6 +57,8 @@ class RoIConfig:
     positive_iou: float = 0.5
     samples: int = 512
     positive_share: float = 0.25
+    box_weight: float = 1.0
+    """Of the boxes' loss beside the classes'."""
     score: float = 0.05
     nms_iou: float = 0.1
     max_boxes: int = 2000
@@ -249,7 +251,7 @@ class OrientedRoI(nn.Module):
     def loss(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[OrientedTarget]
     ) -> dict[str, Tensor]:
-        """Cross-entropy over samples; smooth L1 of positives, also divided by the number of all samples."""
+        """Cross-entropy over samples; smooth L1 of positives, over all samples too, times `box_weight`."""
         c = self.config
         boxes, labels, wanted, positives = [], [], [], []
         for found, target in zip(proposals, targets, strict=True):
@@ -266,7 +268,7 @@ class OrientedRoI(nn.Module):
         count = max(len(logits), 1)
         return {
             "loss_cls": F.cross_entropy(logits, torch.cat(labels), reduction="sum") / count,
-            "loss_bbox": F.smooth_l1_loss(picked, torch.cat(wanted), reduction="sum") / count,
+            "loss_bbox": c.box_weight * F.smooth_l1_loss(picked, torch.cat(wanted), reduction="sum") / count,
         }
 
     def predict(
