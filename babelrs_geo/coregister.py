@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rasterio.session import DummySession
 from rasterio.windows import Window
 
-from babelrs_geo.drafts import draft
+from babelrs_geo.drafts import draft, make_folder
 from babelrs_geo.errors import GeorefError, OutputError, ParameterError
 from babelrs_geo.georef import Georef
 from babelrs_geo.kernels import compiled
@@ -392,10 +392,7 @@ def align(
 
 def _write(onto: Mapping[str, Onto], chosen: str, shared: Shared, folder: Path) -> None:
     """All files block by block, each valid where all are."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be created ({error}); write elsewhere with -o") from error
+    make_folder(folder)
     place = {"crs": rasterio.CRS.from_user_input(shared.georef.crs_text), "transform": shared.georef.affine}
     own = onto[chosen].scene.georef.to_pixel(*shared.georef.to_map(0.0, 0.0))
     corner = tuple(round(float(v)) for v in own)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders for them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def draft(
 def is_draft(name: str) -> bool:
     """Whether a file's name is one that `draft` writes to."""
     return re.fullmatch(r"\..+\.[0-9]+", name) is not None
+
+
+def make_folder(path: Path, advice: str = "write elsewhere with -o") -> None:
+    """A folder and those above it, if they are not there. Raises OutputError with `advice`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be created ({error.strerror or error}); {advice}") from error

@@ -36,6 +36,7 @@ from babelrs_geo.archive.outputs import DRAFTS, PARTS, flush, output_of, parts_o
 from babelrs_geo.archive.sources import Item
 from babelrs_geo.archive.work import Outcome, Task
 from babelrs_geo.cluster import Workers, held_back
+from babelrs_geo.drafts import make_folder
 from babelrs_geo.errors import OutputError, ParameterError
 
 Progress = Callable[[int, int], None]
@@ -119,12 +120,7 @@ def run(
     Raises OutputError where another run has the folder or the disk is full, and what `sources` and `job.start` raise.
     """
     options, begun = options or RunOptions(), time.perf_counter()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be created ({error.strerror}); write elsewhere with -o"
-        ) from error
+    make_folder(folder)
     recipe = recipe_of({**parameters, "suffix": options.suffix})
     with held_back() as heed, ExitStack() as stack:
         stack.enter_context(locked(folder))
@@ -156,10 +152,7 @@ def _fresh_drafts(folder: Path, stack: ExitStack) -> Path:
     """A folder for this run's drafts; those of runs that were killed go."""
     shutil.rmtree(folder / DRAFTS, ignore_errors=True)
     drafts = folder / DRAFTS / uuid.uuid4().hex[:12]
-    try:
-        drafts.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{drafts} cannot be created ({error.strerror}); check the disk's space") from error
+    make_folder(drafts, "check the disk's space")
     stack.callback(shutil.rmtree, folder / DRAFTS, ignore_errors=True)
     return drafts.absolute()
 

@@ -28,7 +28,7 @@ from babelrs_geo.chips.options import SPLITS, ChipOptions
 from babelrs_geo.chips.plan import Entry, Plan, Task, plan
 from babelrs_geo.chips.tables import INDEX, NOTE, write_tables, write_text
 from babelrs_geo.cluster import CUTTING, Workers, connect, first, held_back, pool
-from babelrs_geo.drafts import is_draft
+from babelrs_geo.drafts import is_draft, make_folder
 from babelrs_geo.errors import LabelError, OutputError, ParameterError
 from babelrs_geo.scenes import Scene, file_state
 from babelrs_geo.vectors import Labels, Objects
@@ -214,10 +214,7 @@ def _open_folder(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The folder's note: that of an earlier run of the same, or a new one."""
     if (found := _note_in(out, asked)) is not None:
         return found
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be created ({error}); write elsewhere with -o") from error
+    make_folder(out)
     write_text(out / NOTE, json.dumps(asked, indent=1))
     return asked
 
