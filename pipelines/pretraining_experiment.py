@@ -71,6 +71,8 @@ class Arm:
     """Of the detector's training."""
     architecture: Mapping[str, Any] = field(default_factory=dict)
     """What differs from that of the other arms."""
+    frozen: bool = False
+    """The encoder is kept as it starts."""
     steps: int | None = None
     """Of fine-tuning where it ends early, for its curves alone: nothing is told of what it finds."""
 
@@ -90,7 +92,7 @@ def arms(protocol: Mapping[str, Any]) -> list[Arm]:
             if seed in about.get("seeds", protocol["seeds"]):
                 groups = [(sensor,) for sensor in sensors] if about.get("alone") else [sensors]
                 precision = about.get("precision", protocol["train"].get("precision", Recipe.precision))
-                rest = about.get("architecture", {}), about.get("steps")
+                rest = about.get("architecture", {}), about.get("frozen", False), about.get("steps")
                 found += [Arm(name, seed, about.get("taps"), group, precision, *rest) for group in groups]
     return found
 
@@ -140,7 +142,7 @@ def fine_tuning(arm: Arm, protocol: Mapping[str, Any], start: Mapping[str, str] 
         "seed": arm.seed,
         "precision": arm.precision,
         "data": {**own.get("data", {}), "sensors": list(arm.sensors)},
-        "model": {**own["model"], "architecture": size, **(start or {})},
+        "model": {**own["model"], "architecture": size, "freeze_encoder": arm.frozen, **(start or {})},
     }
     return from_plain(Recipe, plain)
 
@@ -314,7 +316,8 @@ def fingerprint(protocol: Mapping[str, Any], arm: Arm, steps: int | None) -> str
     """Of all that what comes out of an arm depends on; which other arms and seeds there are does not matter."""
     parts = ("train",) if arm.taps is None else tuple(protocol)
     same = {name: protocol[name] for name in parts if name not in ("seeds", "arms")}
-    own = [arm.taps, arm.sensors, arm.precision, arm.architecture, arm.steps]
+    own: list[Any] = [arm.taps, arm.sensors, arm.precision, arm.architecture, arm.steps]
+    own += ["frozen"] if arm.frozen else []
     return hashlib.sha256(json.dumps([same, own, steps], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -459,6 +459,23 @@ def test_one_sensor_alone_learns_and_leaves_the_others_heads(soi: Path, tmp_path
     assert list(header.classes) == ["rgb"]
 
 
+def test_a_frozen_encoder_stays_as_it_starts_and_the_rest_learns(soi: Path, tmp_path: Path) -> None:
+    how = recipe(2)
+    how = replace(how, model=replace(how.model, freeze_encoder=True))
+    begun = build(how).state_dict()
+    run(tmp_path, soi, how)
+    learnt = final(tmp_path)
+    encoder = build(how).backbone
+    reached = {f"backbone.{name}" for name in encoder.reached(encoder.config.vit.depth)}
+    same = {name for name, value in begun.items() if torch.equal(value, learnt[f"model.{name}"])}
+    assert reached <= same and "backbone.layers.0.attn.qkv.weight" in reached
+    assert {
+        "backbone.up.weight",
+        "neck.lateral_convs.0.conv.weight",
+        "ifr_rpn_head.rpn_cls.weight",
+    } <= begun.keys() - same
+
+
 def test_what_a_run_lacks_is_told_before_it_begins(soi: Path, tmp_path: Path) -> None:
     def told(how: Recipe, data: Sequence[Path] = (soi,)) -> str:
         with pytest.raises((LabelError, ParameterError)) as caught:

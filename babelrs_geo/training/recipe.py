@@ -39,6 +39,8 @@ class ModelPart:
     """`imagenet` for the compact one's prior; else an encoder or a detector, by name or file; None: at random."""
     freeze: Whole = 0
     """First stages of an ImageNet-trained trunk that are kept as they are."""
+    freeze_encoder: bool = False
+    """What pretraining with language reaches is kept as it starts: stem, transformer and what joins them."""
     checkpoint_gradients: bool = False
     """Less memory for a third more work."""
 

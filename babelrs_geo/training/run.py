@@ -72,6 +72,10 @@ def build(recipe: Recipe) -> Detector:
             checkpoints.start_backbone(model, path)
     if part.freeze:
         freeze_prior(model.backbone, part.freeze)
+    if part.freeze_encoder:
+        reached = model.backbone.reached(model.config.backbone.vit.depth)
+        for name, parameter in model.backbone.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name not in reached)
     absent = {"sar", "rgb", "ir"} - set(recipe.data.sensors)
     for sensor in absent:
         prefix = {"sar": "sar_", "rgb": "rgb_", "ir": "ifr_"}[sensor]
