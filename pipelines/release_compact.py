@@ -4,7 +4,9 @@ model card.
     python pipelines/release_compact.py ../shared/data/soi_mini runs/compact/best.safetensors babelrs_geo/models/weights
 
 Everything the header and the card say of the weights is measured here, or was kept by the run in their own header; so
-weights that ship already may be measured anew, with another `--nms` say.
+weights that ship already may be measured anew, with another `--nms` say. `--mean BEFORE` releases the mean of the run's
+weights and of those that it started from, which keeps more of what these knew of other images than the run's
+(Wortsman et al., Robust fine-tuning of zero-shot models, arXiv 2109.01903).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from babelrs_geo.errors import WeightsError
 from babelrs_geo.evaluation import without_transformer
 from babelrs_geo.models import checkpoints
 from babelrs_geo.models.checkpoints import Header
@@ -77,6 +80,24 @@ def start(training: Mapping[str, Any]) -> str:
     return f"the weights {before['name']} (SHA-256 `{before['sha256']}`){came}"
 
 
+def mean_with(model: Detector, header: Header, before: Path) -> Header:
+    """Put half of the weights `before`, which the run started from, into the model, and say so in its header.
+
+    Raises WeightsError where the run started from others.
+    """
+    started, found = header.training.get("before") or {}, checkpoints.sha256(before)
+    if started.get("sha256") != found:
+        raise WeightsError(
+            f"{before} (SHA-256 {found}) is not what the run started from ({started.get('sha256', 'no weights')}); "
+            "give those to --mean"
+        )
+    old = checkpoints.tensors(before)
+    model.load_state_dict(
+        {k: ((v + old[k].float()) / 2).half().float() for k, v in model.state_dict().items()}
+    )
+    return replace(header, training={**header.training, "mean_with": found})
+
+
 def minutes(training: Mapping[str, Any]) -> float:
     """Of a run and all before it."""
     before = training.get("before")
@@ -125,6 +146,9 @@ def card(header: Header, recipe: Recipe, parameters: int) -> str:
         "licence": header.licence,
         "phases": phases(recipe),
         "start": start(training),
+        "mean": "What is stored is the mean of the run's weights and of its start. "
+        if "mean_with" in training
+        else "",
         "floor": f"{LEAST_SCORE:g}",
         "machines": ", ".join(f"{spent:.0f} minutes on {name}" for name, spent in by_machine.items()),
         "precision": recipe.precision,
@@ -154,12 +178,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--nms", type=float, help="IoU above which turned boxes of a class are one; the run's"
     )
+    parser.add_argument(
+        "--mean", type=Path, metavar="BEFORE", help="release the mean with the weights the run started from"
+    )
     args = parser.parse_args(arguments)
     model, header = checkpoints.load(args.weights)
     if "data_sha256" not in header.training:
         sys.exit(
             f"{args.weights} does not say which data and how many minutes it took; train it with this version"
         )
+    if args.mean is not None:
+        try:
+            header = mean_with(model, header, args.mean)
+        except WeightsError as error:
+            sys.exit(f"{Path(__file__).name}: error: {error}")
     if args.nms is not None:
         roi = replace(model.config.roi, nms_iou=args.nms)
         header = replace(header, architecture=replace(model.config, roi=roi).to_dict())

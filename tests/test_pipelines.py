@@ -139,6 +139,21 @@ def test_a_release_measures_and_its_card_says_what_came_before(runs: Path, soi: 
     assert checkpoints.read_header(tmp_path / "again" / "compact.safetensors").config.roi.nms_iou == 0.3
     stored, kept = load_file(tmp_path / "out" / "second.safetensors"), load_file(second / "final.safetensors")
     assert all(torch.equal(value, kept[name]) for name, value in stored.items())
+    release_compact.main(
+        [str(soi), str(second / "final.safetensors"), str(tmp_path / "mean"), "--mean", str(first)]
+    )
+    began, half = load_file(first), load_file(tmp_path / "mean" / "compact.safetensors")
+    for name, value in half.items():
+        torch.testing.assert_close(
+            value.float(), (began[name].float() + kept[name].float()) / 2, atol=1e-3, rtol=1e-3
+        )
+    assert any(not torch.equal(value, kept[name]) for name, value in half.items())
+    assert (
+        "is the mean of the run's weights and of its start" in (tmp_path / "mean" / "compact.md").read_text()
+    )
+    assert "the mean of" not in (tmp_path / "out" / "second.md").read_text()
+    with pytest.raises(SystemExit, match="is not what the run started from"):
+        release_compact.main([str(soi), str(first), str(tmp_path / "none"), "--mean", str(first)])
     before = header.training["before"]
     assert (before["name"], before["steps"]) == ("tiny", 4)
     assert before["sha256"] == checkpoints.sha256(first)

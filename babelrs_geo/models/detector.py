@@ -95,9 +95,13 @@ COMPACT = DetectorConfig(
     ),
     neck_channels=96,
     gfl=GFLConfig(channels=96, convs=2, pre_nms=500, max_boxes=300, score=0.02),
-    rpn=RPNConfig(channels=96, scale=4.0, pre_nms=400, nms_iou=0.75, proposals=300),
+    rpn=RPNConfig(
+        channels=96, scale=4.0, pre_nms=400, nms_iou=0.75, proposals=300,
+        positive_iou=0.5,  # of .7 a small object has its one best anchor at most
+    ),
     roi=RoIConfig(
         channels=256, base_size=28.0, samples=192, max_boxes=300, score=0.02, start_stds=(0.01, 0.001),
+        box_weight=2.0,
         nms_iou=0.5,  # the paper's .1 loses people who stand together
     ),
     classes={
