@@ -10,7 +10,7 @@ import pyproj
 import pytest
 import rasterio
 from affine import Affine
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rasterio.rpc import RPC
 from rasterio.transform import from_origin
@@ -252,6 +252,7 @@ def test_grids_in_degrees_are_the_identity_there_and_back_in_whichever_turn(
     west, reach, width, turn, sized, share
 ):
     width = min(width, int(1e6 * reach))  # to pixels of a decimetre: float64 holds no smaller ones to 1e-6 px
+    assume(sized or reach < 360.0)  # of a scene of unknown size, more than a turn cannot be told from less
     affine = Affine.translation(west, 10.0) @ Affine.rotation(turn) @ Affine.scale(reach / width, -1e-3)
     georef = Georef.from_affine(affine, "EPSG:4326", (width, 100) if sized else None)
     px, py = np.array([0.0, share * width, float(width)]), np.array([0.0, 50.0, 100.0])
