@@ -41,6 +41,7 @@ _NEWTON_STEPS = 40
 _NEWTON_PIXELS = (
     1e-8  # the step that ends the search; what is left after it is far smaller, the promise is 1e-6 px
 )
+_EDGE = 1e-9  # degrees, a tenth of a millimetre: what rounding may put beyond a scene's edge
 _RPC_PIXELS = "0.0001"  # GDAL's own default, .1 px, is above the promised .05 px
 _local = threading.local()
 
@@ -219,19 +220,24 @@ class Georef:
         return np.hypot(px - points[:, 0], py - points[:, 1])
 
     @cached_property
-    def _middle(self) -> tuple[float, float]:
-        """Kind affine: from where to where longitudes are within half a turn of all that the scene shows.
-
-        That is its middle, widened where it and a pixel around it make more than a turn; of a scene of unknown size,
-        all the middles that it may have up to a turn.
-        """
+    def _breadth(self) -> tuple[float, float]:
+        """Kind affine: least and greatest x of a scene; of one of unknown size, the first corner's twice."""
         a, b, west = self.transform[:3]
+        width, height = self.size or (0, 0)
+        sides = a * width, b * height
+        return west + sum(min(0.0, side) for side in sides), west + sum(max(0.0, side) for side in sides)
+
+    def _turned(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Kind affine: longitudes moved by whole turns to where the scene shows them, or else next to its middle; those
+        that it shows stay. A scene of unknown size may reach half a turn to either side of its middle.
+        """
+        west, east = self._breadth
         if self.size is None:
-            return min(west, west + np.copysign(180.0, a)), max(west, west + np.copysign(180.0, a))
-        width, height = self.size
-        middle = west + (a * width + b * height) / 2
-        beyond = max(0.0, abs(a) * (width + 2) + abs(b) * (height + 2) - 360.0) / 2
-        return middle - beyond, middle + beyond
+            half = float(np.copysign(180.0, self.transform[0]))
+            return _near(x, np.clip(x, min(west, west + half), max(west, west + half)))
+        first = x - 360.0 * np.floor((x - west) / 360.0)
+        shown = (west - _EDGE <= x) & (x <= east + _EDGE)
+        return np.where(shown, x, np.where(first <= east, first, _near(x, (west + east) / 2)))
 
     def _forward(self, px: NDArray[np.float64], py: NDArray[np.float64]) -> Points:
         """File pixels to map, without `origin`."""
@@ -250,7 +256,7 @@ class Georef:
             a, b, c, d, e, f = self.transform
             det = a * e - b * d
             if self.in_degrees:
-                x = _near(x, np.clip(x, *self._middle))
+                x = self._turned(x)
             x, y = x - c, y - f  # first, so that large false eastings cancel before anything is multiplied
             return (e * x - b * y) / det, (a * y - d * x) / det
         if self.kind == "gcps":
