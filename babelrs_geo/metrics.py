@@ -174,33 +174,51 @@ def bootstrap(
 
 
 def best_f1_thresholds(
-    predictions: Sequence[Detections], truths: Sequence[Detections], iou: float = 0.5, slack: float = 0.01
+    predictions: Sequence[Detections],
+    truths: Sequence[Detections],
+    iou: float = 0.5,
+    *,
+    slack: float = 0.01,
+    borrowed: float = 30.0,
 ) -> dict[str, float]:
     """The score per class from which on detections have an F1 within `slack` of the best.
 
+    A class of few objects says little about its own threshold, so it borrows: its F1 is the mean of its own, which
+    weighs as many as it has objects, and of that of all classes that have some, which weighs `borrowed` objects. The
+    default is what judged best on images that thresholds were not chosen on (`benchmarks/thresholds.py`).
+
     F1 is often flat over a wide range of scores, and where in it the very best lies is chance: at its end, the
     slightest change of surroundings would turn detections away. So this is the middle of the range, which is the
-    unbroken run of thresholds around the best F1 (ties: the higher score). A class without truth, or of which
-    nothing was found, has no best threshold and is left out.
+    unbroken run of thresholds around the best F1 (ties: the higher score). Where nothing is found there is no best
+    threshold: without borrowing such classes are left out, with it all are there, or none.
     """
-    best: dict[str, float] = {}
     found = _match(predictions, truths, (iou,), "coco", limit=None)
+    scores = np.unique(np.concatenate([each.scores for each in found]).astype(np.float64))[::-1]
+    there = [each for each in found if each.truths.sum()]
+    if not there or not len(scores):
+        return {}
+    below = np.append(scores[1:], min(0.0, scores[-1]))
+    common = sum((_f1(each, scores) for each in there), np.zeros(len(scores))) / len(there)
+    best: dict[str, float] = {}
     for name, each in zip(truths[0].classes, found, strict=True):
-        right = np.cumsum(each.right[:, 0])
-        if not len(right) or not right[-1]:
-            continue
-        f1 = 2 * right / (np.arange(1, len(right) + 1) + each.truths.sum())
-        scores = each.scores.astype(np.float64)
-        # only a run of equal scores as a whole can be kept or dropped
-        possible = np.append(scores[:-1] != scores[1:], True)
-        f1, scores = f1[possible], scores[possible]
-        below = np.append(scores[1:], min(0.0, scores[-1]))
+        own = float(each.truths.sum())
+        f1 = (own * _f1(each, scores) + borrowed * common) / max(own + borrowed, 1.0)
         top = int(np.argmax(f1))
+        if f1[top] == 0:
+            continue
         poor = np.flatnonzero(f1 < f1[top] - slack)
         first = int(poor[poor < top].max(initial=-1)) + 1
         last = int(poor[poor > top].min(initial=len(f1))) - 1
         best[name] = float((scores[first] + below[last]) / 2)
     return best
+
+
+def _f1(found: _Matches, scores: Floats) -> Floats:
+    """F1 of what scores at least each of `scores`; 0 where there is nothing to find."""
+    kept = np.searchsorted(-found.scores.astype(np.float64), -scores, side="right")
+    right = np.append(0, np.cumsum(found.right[:, 0]))[kept]
+    f1: Floats = 2 * right / np.maximum(kept + found.truths.sum(), 1)
+    return f1
 
 
 def precision_recall(

@@ -295,14 +295,46 @@ def f1(predictions: list[Detections], truths: list[Detections], name: str, thres
     return 2 * precision * recall / (precision + recall) if precision > 0 else 0.0
 
 
+@pytest.mark.parametrize("borrowed", [0.0, 3.0, 30.0, 1e9])
 @pytest.mark.parametrize("slack", [0.0, 0.01, 0.1])
-def test_no_threshold_has_an_f1_better_by_more_than_the_slack(slack: float):
+def test_no_threshold_has_an_f1_better_by_more_than_the_slack(slack: float, borrowed: float):
     predictions, truths = scenes(40, 6, ties=True)
-    best = metrics.best_f1_thresholds(predictions, truths, slack=slack)
-    assert set(best) == {"ship", "car", "plane"}
+    best = metrics.best_f1_thresholds(predictions, truths, slack=slack, borrowed=borrowed)
+    objects = {name: sum(int((t.class_names == name).sum()) for t in truths) for name in truths[0].classes}
+    there = [name for name, count in objects.items() if count]
+
+    def mixed(name: str, threshold: float) -> float:
+        own = f1(predictions, truths, name, threshold) if objects[name] else 0.0
+        common = sum(f1(predictions, truths, each, threshold) for each in there) / len(there)
+        return (objects[name] * own + borrowed * common) / (objects[name] + borrowed)
+
+    assert set(best) == (set(truths[0].classes) if borrowed else {"ship", "car", "plane"})
     for name, threshold in best.items():
-        tried = [f1(predictions, truths, name, t) for t in np.arange(-0.05, 1.0, 0.05)]
-        assert f1(predictions, truths, name, threshold) >= max(tried) - slack - 1e-12
+        tried = [mixed(name, t) for t in np.arange(-0.05, 1.0, 0.05)]
+        assert mixed(name, threshold) >= max(tried) - slack - 1e-12
+    assert borrowed < 1e9 or len(set(best.values())) == 1
+
+
+def test_a_class_of_few_objects_borrows_its_threshold_and_one_of_many_keeps_its_own():
+    def images(
+        right: float, wrong: float, count: int, label: int
+    ) -> tuple[list[Detections], list[Detections]]:
+        box = np.array([[10.0, 10, 8, 8, 0], [50.0, 10, 8, 8, 0]])
+        found = Detections(box, [right, wrong], [label, label], ("many", "few"), True)
+        return [found] * count, [Detections(box[:1], [1], [label], ("many", "few"), True)] * count
+
+    many, few = images(0.6, 0.4, 1000, 0), images(0.99, 0.9, 1, 1)
+    given = many[0] + few[0], many[1] + few[1]
+    alone = metrics.best_f1_thresholds(*given, borrowed=0)
+    assert alone == {"many": pytest.approx(0.5), "few": pytest.approx(0.945)}
+    mixed = metrics.best_f1_thresholds(*given)
+    assert mixed == {"many": pytest.approx(0.5), "few": pytest.approx(0.5)}
+
+
+def test_where_nothing_is_found_there_is_no_threshold():
+    predictions, truths = scenes(3)
+    assert metrics.best_f1_thresholds([p[:0] for p in predictions], truths) == {}
+    assert metrics.best_f1_thresholds(predictions, [t[:0] for t in truths]) == {}
 
 
 def test_the_threshold_lies_in_the_middle_of_the_range_that_is_as_good():
