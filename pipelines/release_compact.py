@@ -92,6 +92,7 @@ def mean_with(model: Detector, header: Header, before: Path) -> Header:
             "give those to --mean"
         )
     old = checkpoints.tensors(before)
+    # rounded as they will be stored: what is measured is what ships
     model.load_state_dict(
         {k: ((v + old[k].float()) / 2).half().float() for k, v in model.state_dict().items()}
     )
