@@ -151,7 +151,7 @@ def test_a_release_measures_and_its_card_says_what_came_before(runs: Path, soi: 
     assert (
         "is the mean of the run's weights and of its start" in (tmp_path / "mean" / "compact.md").read_text()
     )
-    assert "the mean of" not in (tmp_path / "out" / "second.md").read_text()
+    assert "stored is the mean of" not in (tmp_path / "out" / "second.md").read_text()
     with pytest.raises(SystemExit, match="is not what the run started from"):
         release_compact.main([str(soi), str(first), str(tmp_path / "none"), "--mean", str(first)])
     before = header.training["before"]
