@@ -264,13 +264,15 @@ def rows(log: Path) -> list[dict[str, str]]:
 
 def answers(results: Sequence[Mapping[str, Any]]) -> str:
     """What the encoders answer on held-out images, beside a grey image's and another's, as Markdown."""
-    found = ["| encoder | sensor | right | of a grey image | of another image |", "|---|---|---|---|---|"]
+    found = ["| encoder of | sensor | right | of a grey image | of another image |", "|---|---|---|---|---|"]
+    arms_of: dict[tuple[tuple[str, float], ...], list[str]] = {}  # by what their encoder answers
     for each in results:
-        for sensor in ("sar", "rgb", "ir") if "answers" in each else ():
-            told = [each["answers"][f"val_{sensor}{kind}"] for kind in ("", "_blank", "_shuffled")]
-            found.append(
-                f"| {each['arm']}.{each['seed']} | {sensor} | {' | '.join(f'{v:.2f}' for v in told)} |"
-            )
+        if "answers" in each:
+            arms_of.setdefault(tuple(each["answers"].items()), []).append(f"{each['arm']}.{each['seed']}")
+    for given, names in arms_of.items():
+        for sensor in ("sar", "rgb", "ir"):
+            told = [dict(given)[f"val_{sensor}{kind}"] for kind in ("", "_blank", "_shuffled")]
+            found.append(f"| {', '.join(names)} | {sensor} | {' | '.join(f'{v:.2f}' for v in told)} |")
     return "\n".join(found) + "\n"
 
 

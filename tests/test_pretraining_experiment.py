@@ -59,7 +59,13 @@ def test_a_short_one_runs_arm_by_arm(
     asked = {"split": "train", "per_image": 4}
     protocol = {
         "seeds": [0],
-        "arms": {"A": {}, "C": {"taps": "paper"}, "D": {"alone": True}, "A16": {"steps": 1}},
+        "arms": {
+            "A": {},
+            "C": {"taps": "paper"},
+            "CF": {"taps": "paper", "frozen": True},
+            "D": {"alone": True},
+            "A16": {"steps": 1},
+        },
         "instruct": asked,
         "held_out": asked,
         "pretrain": {
@@ -71,20 +77,21 @@ def test_a_short_one_runs_arm_by_arm(
     (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(protocol, sort_keys=False))
     out = tmp_path / "out"
     words = [str(tmp_path / "soi"), str(out), "--protocol", str(tmp_path / "protocol.yaml"), "--steps", "1"]
-    experiment.main([*words, "--only", "C.0"])
+    experiment.main([*words, "--only", "C.0,CF.0"])
     experiment.main([*words, "--only", "A.0,D.0.ir"])
     told = capsys.readouterr().out.split("\n")
-    assert told == ["C.0 is done", "A.0 is done", "D.0.ir is done", ""]
+    assert told == ["C.0 is done", "CF.0 is done", "A.0 is done", "D.0.ir is done", ""]
     records = {path.name: json.loads(path.read_text()) for path in (out / "records").glob("*.json")}
     assert {name: list(each["sensors"]) for name, each in records.items()} == {
         "A.0.json": ["sar", "rgb", "ir"],
         "C.0.json": ["sar", "rgb", "ir"],
+        "CF.0.json": ["sar", "rgb", "ir"],
         "D.0.ir.json": ["ir"],
     }
     assert "cosine_sar_rgb" in records["A.0.json"]["gradients"]
     assert records["A.0.json"]["curves"]["loss"]["step"] == [1]
     page = (out / "records" / "results.md").read_text()
-    assert page.count("\n") == 5 + 1 + 2 + 3 and "| C.0 | sar |" in page
+    assert page.count("\n") == 6 + 1 + 2 + 3 and "| C.0, CF.0 | sar |" in page  # of one encoder
     assert (out / "records" / "results.png").stat().st_size > 10_000
     experiment.main([*words, "--only", "A16.0"])  # for its curves alone
     early = json.loads((out / "records" / "A16.0.json").read_text())
@@ -94,7 +101,11 @@ def test_a_short_one_runs_arm_by_arm(
     monkeypatch.setattr(experiment, "ROUNDS", 1)
     experiment.main([*words, "--time"])
     costs = json.loads((out / "records" / "costs.json").read_text())
-    assert list(costs) == ["A", "C", "D", "A16"] and costs["A"] == costs["C"] and min(costs["A"].values()) > 0
+    assert (
+        list(costs) == ["A", "C", "CF", "D", "A16"]
+        and costs["A"] == costs["C"]
+        and min(costs["A"].values()) > 0
+    )
     cost = round(sum(costs["A"].values()) / len(costs["A"]))
     assert f" {cost} |" in (out / "records" / "results.md").read_text().split("| A | 1 |")[1].split("\n")[0]
     with pytest.raises(SystemExit, match="names no arm"):
