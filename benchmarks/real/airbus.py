@@ -8,6 +8,7 @@ annotations are upright and the detections oriented, so a fit asks for an IoU of
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ Floats = NDArray[np.float64]
 FIT_IOU = 0.3
 TWICE = 0.5
 LOST_SHARE = 0.01
+SIDES = (0.0, 80.0, 120.0, np.inf)
+"""Bounds, in pixels, of the groups that aircraft are told of by size: root of their upright box's area."""
 
 
 def twice(found: Detections) -> int:
@@ -75,34 +78,44 @@ def compare(
     them, and, to compare with, what windows lose that are moved by one pixel.
     """
     options = DetectOptions(overlap=overlap)
-    doubles = windowed = tiled = lost = gained = detected = aircraft = moved = 0
+    doubles = detected = 0
+    each: list[Floats] = []  # side, found in tiles, in a window, in a window beside it
     for record in read_airbus(folder):
         truth = record.boxes
         with open_scene(record.path, "rgb") as scene:
             found = detect(scene, weights, options).detections
             side = options.tile or weights.header.tile
-            in_tiles, in_window = hit(found, truth), hit_in_window(scene, weights, truth, side)
-            beside = hit_in_window(scene, weights, truth, side, 1)
+            windows = [hit_in_window(scene, weights, truth, side, moved) for moved in (0, 1)]
             image = scene.read((0, 0, scene.width, scene.height)).image
         doubles += twice(found)
-        aircraft += len(truth)
         detected += int((found.class_names == CLASS).sum())
-        windowed += int(in_window.sum())
-        tiled += int(in_tiles.sum())
-        lost += int((in_window & ~in_tiles).sum())
-        moved += int((in_window & ~beside).sum())
-        gained += int((in_tiles & ~in_window).sum())
+        each.append(np.stack([np.sqrt(truth[:, 2] * truth[:, 3]), hit(found, truth), *windows], 1))
         texts = [f"{c} {s:.2f}" for c, s in zip(found.class_names, found.scores, strict=True)]
         layers = [Layer(truth, "lime"), Layer(found.boxes, "red", texts)]
         draw(pictures / f"airbus_{record.path.stem[:8]}.png", image, (0, 0), layers, 0.5)
+    aircraft = np.concatenate(each)
+    own = counts(aircraft)
+    met = own["found_in_windows"] > 0 and doubles == 0
     return {
-        "aircraft": aircraft,
+        **own,
         "planes_detected": detected,
-        "found_in_windows": windowed,
-        "found_in_tiles": tiled,
-        "lost_by_tiling": lost,
-        "gained_by_tiling": gained,
-        "lost_by_moving_the_window_one_pixel": moved,
         "pairs_reported_twice": doubles,
-        "met": windowed > 0 and doubles == 0 and lost <= LOST_SHARE * windowed,
+        "by_side_px": {
+            f"{low:g} to {high:g}": counts(aircraft[(low <= aircraft[:, 0]) & (aircraft[:, 0] < high)])
+            for low, high in itertools.pairwise(SIDES)
+        },
+        "met": met and own["lost_by_tiling"] <= LOST_SHARE * own["found_in_windows"],
+    }
+
+
+def counts(aircraft: Floats) -> dict[str, int]:
+    """How many of them (N, 4: side, found in tiles, in a window, in one beside it) are found how, and lost."""
+    tiles, window, beside = aircraft[:, 1:].T.astype(bool)
+    return {
+        "aircraft": len(aircraft),
+        "found_in_windows": int(window.sum()),
+        "found_in_tiles": int(tiles.sum()),
+        "lost_by_tiling": int((window & ~tiles).sum()),
+        "gained_by_tiling": int((tiles & ~window).sum()),
+        "lost_by_moving_the_window_one_pixel": int((window & ~beside).sum()),
     }
