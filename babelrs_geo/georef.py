@@ -219,22 +219,17 @@ class Georef:
         px, py = self._backward(points[:, 2], points[:, 3])
         return np.hypot(px - points[:, 0], py - points[:, 1])
 
-    @cached_property
-    def _breadth(self) -> tuple[float, float]:
-        """Kind affine: least and greatest x of a scene; of one of unknown size, the first corner's twice."""
-        a, b, west = self.transform[:3]
-        width, height = self.size or (0, 0)
-        sides = a * width, b * height
-        return west + sum(min(0.0, side) for side in sides), west + sum(max(0.0, side) for side in sides)
-
     def _turned(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Kind affine: longitudes moved by whole turns to where the scene shows them, or else next to its middle; those
         that it shows stay. A scene of unknown size may reach half a turn to either side of its middle.
         """
-        west, east = self._breadth
+        a, b, corner = self.transform[:3]
         if self.size is None:
-            half = float(np.copysign(180.0, self.transform[0]))
-            return _near(x, np.clip(x, min(west, west + half), max(west, west + half)))
+            half = float(np.copysign(180.0, a))
+            return _near(x, np.clip(x, min(corner, corner + half), max(corner, corner + half)))
+        sides = a * self.size[0], b * self.size[1]
+        west = corner + sum(min(0.0, side) for side in sides)
+        east = corner + sum(max(0.0, side) for side in sides)
         first = x - 360.0 * np.floor((x - west) / 360.0)
         shown = (west - _EDGE <= x) & (x <= east + _EDGE)
         return np.where(shown, x, np.where(first <= east, first, _near(x, (west + east) / 2)))
