@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from babelrs_geo.errors import OutputError, ParameterError
 from babelrs_geo.evaluation import without_transformer
 from babelrs_geo.models import checkpoints, zoo
 from babelrs_geo.models.detector import COMPACT
+from babelrs_geo.training.recipe import read as read_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 
@@ -86,6 +89,13 @@ def test_pieces_make_the_file_again_and_a_missing_one_is_told(tmp_path: Path) ->
 
 def test_a_run_that_was_carried_in_pieces_is_the_run(runs: Path) -> None:
     pieces = sorted(p.name for p in (runs / "there" / "pieces").iterdir())
+    ended = {p.name.partition(".0")[0] for p in (runs / "here" / "pieces").iterdir()}
+    assert ended == {
+        "recipe.yaml",
+        "log.csv",
+        "best.safetensors",
+        "final.safetensors",
+    }  # what is left of a whole run
     assert sum(name.startswith("last.ckpt") for name in pieces) > 1
     assert "recipe.yaml.000" in pieces
     assert all(p.stat().st_size <= 100_000 for p in (runs / "there" / "pieces").iterdir())
@@ -97,10 +107,73 @@ def test_a_run_that_was_carried_in_pieces_is_the_run(runs: Path) -> None:
     assert all(a < b for a, b in zip(minutes, minutes[1:], strict=False))  # counted on
 
 
+def test_a_run_is_fitted_to_the_minutes_there_are_and_goes_home_unjudged(
+    runs: Path, soi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_recipe(tmp_path / "tiny.yaml", steps=100_000))
+    given = ["train", str(runs / "parts"), str(tmp_path / "run"), "--recipe", config, "--device", "cpu"]
+    begun = time.monotonic()
+    train_compact.main([*given, "--minutes", "0.15", "--whole", "--set", "run.judge=false"])
+    assert time.monotonic() - begun < 60
+    assert "steps in 0." in capsys.readouterr().out
+    kept = read_recipe(tmp_path / "run" / "recipe.yaml")
+    assert 2 <= kept.steps < 100_000
+    assert kept.phases[0].steps == pytest.approx(kept.steps / 2, abs=1 + 0.3 * kept.steps)
+    train_compact.main(
+        [*given, "--minutes", "0.15", "--whole", "--set", "run.judge=false"]
+    )  # nothing is left of it
+    here = tmp_path / "here"
+    assert train_compact.join(tmp_path / "run" / "pieces", here) == [
+        "recipe.yaml",
+        "log.csv",
+        "final.safetensors",
+    ]
+    header = checkpoints.read_header(here / "final.safetensors")
+    assert (header.training["steps"], header.metrics) == (kept.steps, {})
+    assert {v for own in header.thresholds.values() for v in own.values()} == {0.5}
+    release_compact.main([str(soi), str(here / "final.safetensors"), str(tmp_path / "out")])
+    assert set(checkpoints.read_header(tmp_path / "out" / "compact.safetensors").metrics) >= {"sar", "h_map"}
+
+
+def test_phases_keep_their_proportions_when_a_recipe_is_fitted(tmp_path: Path) -> None:
+    recipe = read_recipe("compact")
+    took = [0.5] * len(recipe.phases)
+    same = train_compact.fitted(recipe, took, 0.5 * recipe.steps)
+    assert [p.steps for p in same.phases] == [p.steps for p in recipe.phases]
+    assert [p.cooldown for p in same.phases] == [p.cooldown for p in recipe.phases]
+    half = train_compact.fitted(recipe, took, 0.25 * recipe.steps)
+    assert half.steps == pytest.approx(recipe.steps / 2, abs=len(took))
+    assert half.phases[-1].cooldown == recipe.phases[-1].cooldown // 2
+    slow = [0.5] * (len(took) - 1) + [5.0]
+    ends = [p.steps for p in train_compact.fitted(recipe, slow, 600).phases]
+    spent = sum((b - a) * t for a, b, t in zip([0, *ends], ends, slow, strict=False))
+    assert 590 < spent <= 600
+    with pytest.raises(ParameterError, match="give more --minutes"):
+        train_compact.fitted(recipe, took, 1)
+
+
+def test_archives_are_taken_all_or_none(runs: Path, tmp_path: Path) -> None:
+    parts = sorted((runs / "parts").iterdir())
+    assert len(parts) > 1
+    assert all(path.name.endswith(f"of{len(parts)}.zip") for path in parts)
+    some = tmp_path / "some"
+    some.mkdir()
+    for path in parts[1:]:
+        shutil.copy(path, some)
+    with pytest.raises(ParameterError, match=f"lacks {parts[0].name}; carry all {len(parts)} archives"):
+        train_compact.unpack(some, tmp_path / "data")
+    shutil.copy(parts[0], some)
+    shutil.copy(parts[0], some / "part1of1.zip")
+    with pytest.raises(ParameterError, match="more than one packing"):
+        train_compact.unpack(some, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
 def test_what_cannot_be_done_is_told_in_one_line(soi: Path, tmp_path: Path) -> None:
     for words, told in (
         (["pack", tmp_path, tmp_path / "x"], "give SOI-Det's layout"),
         (["train", tmp_path, tmp_path / "x"], "holds no archive; make them by: train_compact.py pack"),
+        (["train", tmp_path, tmp_path / "x", "--whole"], "is told by --minutes"),
     ):
         with pytest.raises(SystemExit, match=told) as caught:
             train_compact.main([str(word) for word in words])

@@ -46,10 +46,10 @@ def train_verb(**given: Any) -> int:
     if done.stopped:
         return stopped(done.step)
     if not arguments.hidden:
-        best = quote(f"{arguments.output}/best.safetensors")
+        kept = "final" if done.final is None else "best"
+        weights = quote(f"{arguments.output}/{kept}.safetensors")
         click.echo(
-            f"Trained {done.step} steps in {duration(time.perf_counter() - begun)}: H-mAP {done.best:.3f} after step "
-            f"{done.best_step}, {done.final or 0.0:.3f} at the end.\n"
-            f"Written to {arguments.output}: babelrs-geo detect scene.tif --weights {best}"
+            f"Trained {done.step} steps in {duration(time.perf_counter() - begun)}: {done.judged}.\n"
+            f"Written to {arguments.output}: babelrs-geo detect scene.tif --weights {weights}"
         )
     return 0

@@ -306,14 +306,14 @@ class TrainingData(RunData):
         self.pinned = False
         part, classes = recipe.data, config.classes
         self.learn = sources(paths, part.train, classes, part, learn=True)
-        self.judge = sources(paths, part.val, classes, part, learn=False)
+        self.judge = sources(paths, part.val, classes, part, learn=False) if recipe.run.judge else {}
         told = ", ".join(map(str, paths)) or "no --data"
         if lacking := [s for s in part.sensors if s not in self.learn]:
             raise LabelError(
                 f"{told} has nothing to learn from of {', '.join(lacking)} in split {part.train[lacking[0]]}; add "
                 f"some, or leave it out: --set data.sensors=[{', '.join(self.learn)}]"
             )
-        if lacking := [s for s in part.sensors if s not in self.judge]:
+        if lacking := [s for s in part.sensors if recipe.run.judge and s not in self.judge]:
             raise LabelError(
                 f"{told} has nothing to judge {', '.join(lacking)} on in split {part.val.get(lacking[0])}; cut "
                 f"chips with a split for it, or name another: --set data.val.{lacking[0]}=..."

@@ -42,7 +42,14 @@ class Trained:
     """H-mAP of `best.safetensors`; negative where nothing was judged yet."""
     best_step: int
     final: float | None
-    """H-mAP of the last validation."""
+    """H-mAP of the last validation; None where there was none."""
+
+    @property
+    def judged(self) -> str:
+        """How good the weights are, in words."""
+        if self.final is None:
+            return "not judged, and reports from scores of .5; babelrs-geo evaluate judges"
+        return f"H-mAP {self.best:.3f} after step {self.best_step}, {self.final:.3f} at the end"
 
 
 def configuration(part: ModelPart) -> DetectorConfig:
@@ -175,7 +182,7 @@ def header(
             "steps": verdict.step,
             **origin.to_dict(),
         },
-        metrics={**verdict.reports, "h_map": verdict.h_map},
+        metrics=verdict.metrics(),
     )
 
 

@@ -26,6 +26,8 @@ class RunPart:
     """Between checkpoints to go on from; 0: every step."""
     validate_every: Whole = 0
     """Steps between validations; 0: at the end alone."""
+    judge: bool = True
+    """False: no validation, and the last weights are written without figures, where a machine must be given back."""
     log_every: Count = 20
     gradients_every: Whole = 100
     """Steps between measurements of the sensors' gradients, which cost a backward pass a sensor; 0: never."""

@@ -33,6 +33,9 @@ BEST, FINAL = "best.safetensors", "final.safetensors"
 LEAST_SCORE = 0.1
 """Floor of the score thresholds: below it a class with few objects would let anything through."""
 
+UNJUDGED_SCORE = 0.5
+"""Threshold of weights that nobody judged yet."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -45,6 +48,15 @@ class Verdict:
     """`Evaluation.report` by sensor."""
     thresholds: Mapping[str, Mapping[str, float]]
     """Scores to report from, by sensor and class."""
+
+    @classmethod
+    def none(cls, step: int, classes: Mapping[str, Sequence[str]]) -> Verdict:
+        """Of weights that are not judged: no figures, and thresholds that are a guess."""
+        return cls(step, -1.0, {}, {s: dict.fromkeys(names, UNJUDGED_SCORE) for s, names in classes.items()})
+
+    def metrics(self) -> dict[str, Any]:
+        """For the header; empty where nothing was judged."""
+        return {**self.reports, "h_map": self.h_map} if self.reports else {}
 
     def figures(self) -> dict[str, float]:
         """For the log."""
@@ -84,6 +96,12 @@ class DetectorKeeper(Keeper):
         model = copy.deepcopy(module.kept).requires_grad_(False)
         model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
         rank, world = trainer.global_rank, trainer.world_size
+        if not self.recipe.run.judge:
+            if rank == 0 and step == self.recipe.steps:
+                own = {s: model.config.classes[s] for s in self.recipe.data.sensors}
+                header = self.describe(Verdict.none(step, own), self.spent)
+                checkpoints.save(self.folder / FINAL, model, header)
+            return
         verdict = judge(model, self.data.judge, self.recipe, step, rank=rank, world=world)
         if verdict is not None:
             self.tell(trainer, {f"val_{k}": v for k, v in verdict.figures().items()}, step)

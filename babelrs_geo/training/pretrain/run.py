@@ -153,7 +153,7 @@ class PivotKeeper(Keeper):
     ) -> None:
         super().__init__(folder, recipe.steps, recipe.run, data)
         self.recipe, self.data, self.asker = recipe, data, asker
-        self.asked = questions(joined(corpora(held_out)), recipe.ask) if held_out else []
+        self.asked = questions(joined(corpora(held_out)), recipe.ask) if held_out and recipe.run.judge else []
         self.figures = {}
         self._before = weights_before(recipe.model.start)
 
