@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_model import TINY
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from babelrs_geo.models.detector import COMPACT, Detector, DetectorConfig, HorizontalTarget, OrientedTarget
 from babelrs_geo.models.gfl import atss_assign
-from babelrs_geo.models.oriented_rcnn import rotated_nms
+from babelrs_geo.models.oriented_rcnn import OrientedRPN, RPNConfig, rotated_nms
 from babelrs_geo.models.rotated import outer
 from babelrs_geo.models.vit import attention
 
@@ -46,6 +50,34 @@ def test_an_anchor_claimed_twice_goes_to_the_box_it_overlaps_most() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11]])
     assert atss_assign(anchors, [3], boxes, 1).tolist() == [0, -1, -1]
     assert atss_assign(anchors, [3], boxes[:0], 9).tolist() == [-1, -1, -1]
+
+
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 6))
+def test_each_box_owns_its_best_anchors_and_of_several_boxes_the_last(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    rpn = OrientedRPN(RPNConfig(channels=8), 8)
+    anchors = torch.cat(rpn.anchors([torch.zeros(1, 8, 64 // s, 64 // s) for s in (4, 8, 16, 32, 64)]))
+    boxes = np.column_stack(
+        [rng.integers(8, 56, (count, 2)), rng.integers(4, 24, (count, 2)), rng.choice([0.0, 0.3], count)]
+    )
+    boxes[-1] = boxes[0]  # two that tie
+    target = OrientedTarget(torch.from_numpy(boxes).float(), torch.zeros(count, dtype=torch.long), (64, 64))
+    owner = rpn.assign(anchors, target)
+    inside = ((anchors[:, :2] >= 0).all(1) & (anchors[:, 2:] < 64).all(1)).tolist()
+    iou = box_iou(anchors, outer(target.boxes))
+    top = iou[inside].amax(0)
+    for anchor, own in enumerate(owner.tolist()):
+        if not inside[anchor]:
+            assert own == -2
+            continue
+        overlap = iou[anchor]
+        best = [g for g in range(count) if overlap[g] == top[g] >= rpn.config.negative_iou]
+        if best:
+            assert own == best[-1]
+        elif overlap.max() >= rpn.config.positive_iou:
+            assert own == int(overlap.argmax())
+        else:
+            assert own == (-1 if overlap.max() < rpn.config.negative_iou else -2)
 
 
 def test_rotated_nms_keeps_classes_apart() -> None:

@@ -143,11 +143,11 @@ class OrientedRPN(nn.Module):
         local = torch.full_like(at, -2)
         local[best < c.negative_iou] = -1
         local[best >= c.positive_iou] = which[best >= c.positive_iou]
-        # Every box gets its best anchors, ties included, unless even they are background.
+        # Every box gets its best anchors, ties included, unless even they are background; of several the last.
         top = iou.amax(0)
-        for g in (top >= c.negative_iou).nonzero()[:, 0].tolist():
-            local[iou[:, g] == top[g]] = g
-        owner[at] = local
+        best_of = (iou == top) & (top >= c.negative_iou)
+        last = torch.where(best_of, torch.arange(len(top), device=iou.device), -1).amax(1)
+        owner[at] = torch.where(last >= 0, last, local)
         return owner
 
     def loss(
@@ -159,35 +159,41 @@ class OrientedRPN(nn.Module):
         """Binary cross-entropy and smooth L1 (beta 1/9) over sampled anchors of all images."""
         anchors = torch.cat(self.anchors(maps))
         scores, deltas = torch.cat(outputs[0], 1), torch.cat(outputs[1], 1)
-        logits, truths, errors, count = [], [], [], 0
+        logits, truths, found, at, boxes, count = [], [], [], [], [], 0
         for i, target in enumerate(targets):
             owner = self.assign(anchors, target)
             positive, negative = sample(owner, self.config.samples, self.config.positive_share)
             count += max(len(positive), 1) + max(len(negative), 1)
             logits.append(scores[i, torch.cat([positive, negative])])
-            truths.append(torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).to(scores))
-            wanted = self.coder.encode(anchors[positive], target.boxes[owner[positive]])
-            errors.append(F.smooth_l1_loss(deltas[i, positive], wanted, beta=1 / 9, reduction="sum"))
+            truths += [scores.new_ones(len(positive)), scores.new_zeros(len(negative))]
+            found.append(deltas[i, positive])
+            at.append(anchors[positive])
+            boxes.append(target.boxes[owner[positive]])
         classes = F.binary_cross_entropy_with_logits(torch.cat(logits), torch.cat(truths), reduction="sum")
-        return {"loss_rpn_cls": classes / count, "loss_rpn_bbox": torch.stack(errors).sum() / count}
+        wanted = self.coder.encode(torch.cat(at), torch.cat(boxes))
+        errors = F.smooth_l1_loss(torch.cat(found), wanted, beta=1 / 9, reduction="sum")
+        return {"loss_rpn_cls": classes / count, "loss_rpn_bbox": errors / count}
 
     @torch.no_grad()
     def proposals(self, maps: Sequence[Tensor], outputs: tuple[list[Tensor], list[Tensor]]) -> list[Tensor]:
         """Per image the best le90 boxes (P, 5), after NMS of their bounds level by level."""
-        c, anchors = self.config, self.anchors(maps)
-        out = []
-        for i in range(len(maps[0])):
-            boxes, values, levels = [], [], []
-            for level, anchor in enumerate(anchors):
-                value, order = outputs[0][level][i].sort(descending=True, stable=True)
-                value, order = value[: c.pre_nms], order[: c.pre_nms]
-                boxes.append(self.coder.decode(anchor[order], outputs[1][level][i, order]))
-                values.append(value.sigmoid())
-                levels.append(torch.full_like(order, level))
-            box, value, level_of = torch.cat(boxes), torch.cat(values), torch.cat(levels)
-            keep = batched_nms(outer(box), value, level_of, c.nms_iou)[: c.proposals]
-            out.append(box[keep])
-        return out
+        c, count = self.config, len(maps[0])
+        anchors, deltas, values, levels = [], [], [], []
+        for level, (anchor, score, delta) in enumerate(zip(self.anchors(maps), *outputs, strict=True)):
+            value, order = score.sort(dim=1, descending=True, stable=True)
+            value, order = value[:, : c.pre_nms], order[:, : c.pre_nms]
+            values.append(value)
+            anchors.append(anchor[order])
+            deltas.append(delta.gather(1, order.unsqueeze(-1).expand(-1, -1, delta.shape[-1])))
+            levels.append(torch.full_like(order[0], level))
+        # All images' boxes at once: few large operations, where a GPU waits for many small ones.
+        boxes = self.coder.decode(torch.cat(anchors, 1).flatten(0, 1), torch.cat(deltas, 1).flatten(0, 1))
+        bounds, level_of = outer(boxes).unflatten(0, (count, -1)), torch.cat(levels)
+        kept = [
+            batched_nms(bound, value, level_of, c.nms_iou)[: c.proposals]
+            for bound, value in zip(bounds, torch.cat(values, 1).sigmoid(), strict=True)
+        ]
+        return [box[keep] for box, keep in zip(boxes.unflatten(0, (count, -1)), kept, strict=True)]
 
 
 class _BoxHead(nn.Module):
@@ -253,7 +259,7 @@ class OrientedRoI(nn.Module):
     ) -> dict[str, Tensor]:
         """Cross-entropy over samples; smooth L1 of positives, over all samples too, times `box_weight`."""
         c = self.config
-        boxes, labels, wanted, positives = [], [], [], []
+        boxes, labels, at, truths, positives = [], [], [], [], []
         for found, target in zip(proposals, targets, strict=True):
             candidates = torch.cat([target.boxes, found])
             owner = self.assign(candidates, target)
@@ -261,14 +267,15 @@ class OrientedRoI(nn.Module):
             mine = owner[positive]
             boxes.append(candidates[torch.cat([positive, negative])])
             labels.append(torch.cat([target.labels[mine], torch.full_like(negative, self.classes)]))
-            wanted.append(self.coder.encode(candidates[positive], target.boxes[mine]))
+            at.append(candidates[positive])
+            truths.append(target.boxes[mine])
             positives.append(torch.cat([torch.ones_like(positive), torch.zeros_like(negative)]).bool())
         logits, deltas = self(maps, boxes)
         picked = deltas[torch.cat(positives)]
-        count = max(len(logits), 1)
+        wanted, count = self.coder.encode(torch.cat(at), torch.cat(truths)), max(len(logits), 1)
         return {
             "loss_cls": F.cross_entropy(logits, torch.cat(labels), reduction="sum") / count,
-            "loss_bbox": c.box_weight * F.smooth_l1_loss(picked, torch.cat(wanted), reduction="sum") / count,
+            "loss_bbox": c.box_weight * F.smooth_l1_loss(picked, wanted, reduction="sum") / count,
         }
 
     def predict(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from babelrs_geo.datasets.seeding import number
 from babelrs_geo.errors import TrainingError
@@ -72,9 +73,8 @@ class DetectorTraining(Measured):
         optimizer.zero_grad()
         if self.mean is not None:
             decay = min(self.recipe.phase(step).mean_decay, (step + 1) / (step + 11))
-            with torch.no_grad():
-                for kept, new in zip(self.mean.parameters(), self.model.parameters(), strict=True):
-                    kept.lerp_(new.detach(), 1 - decay)
+            average = get_ema_multi_avg_fn(decay)
+            average([*self.mean.parameters()], [*self.model.parameters()], self.global_step)
 
     def _learn(self, batch: Batch, count: int) -> None:
         """Gradients of one of so many parts, added to those that there are; the loss is the sum over the sensors."""
