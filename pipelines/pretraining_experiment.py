@@ -43,6 +43,7 @@ from babelrs_geo.training.pretrain.run import ENCODER
 from babelrs_geo.training.pretrain.run import fit as pretrain
 from babelrs_geo.training.recipe import Recipe
 from babelrs_geo.training.run import FINAL, Place, configuration, fit
+from babelrs_geo.training.validation import harmonic
 
 PROTOCOL = Path(__file__).with_suffix(".yaml")
 RECORDS = Path(__file__).parents[1] / "docs" / "pretraining_experiment"
@@ -249,11 +250,20 @@ def table(results: Sequence[Mapping[str, Any]], spent: Mapping[str, Mapping[str,
             ]
             for kind in ("map", "ap50")
         }
-        together = _spread([each["h_map"] for each in own if len(each["sensors"]) == 3])
+        together = _spread([value for _, value in all_of(own)])
         cost = f"{fmean(spent[name].values()):.0f}" if name in spent else "–"
         cells = [name, str(len({each["seed"] for each in own})), *told["map"], together, *told["ap50"]]
         lines.append(f"| {' | '.join(cells)} | {cost} |")
     return "\n".join(lines) + "\n"
+
+
+def all_of(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """Arm and H-mAP of each seed whose runs have all sensors between them: one of all, or a specialist of each."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for each in results:
+        own = found.setdefault((each["arm"], each["seed"]), {})
+        own |= {sensor: told["map"] for sensor, told in each["sensors"].items()}
+    return [(arm, harmonic([*own.values()])) for (arm, _), own in found.items() if len(own) == 3]
 
 
 def rows(log: Path) -> list[dict[str, str]]:
@@ -277,33 +287,44 @@ def answers(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss, gradient norm and how the sensors' gradients agree, over the steps of fine-tuning, as a PNG."""
+    """H-mAP of each arm, a dot a seed; loss, gradient norm and how the sensors' gradients agree over the steps of
+    fine-tuning. As a PNG.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    shown = {f"{arm}{precision}" for arm in "ABC" for precision in ("", "16")}
-    colours = dict(zip("ABC", ("#E69F00", "#56B4E9", "#009E73"), strict=True))
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    first, *panels = figure.subplots(2, 2).flatten()
+    colours = dict(zip("ABCD", ("#E69F00", "#56B4E9", "#009E73", "#CC79A7"), strict=True))
+    places: dict[str, int] = {}
+    for arm, value in sorted(all_of(results)):
+        place = places.setdefault(arm, len(places))
+        first.plot(value, place, "o", color=colours[arm[0]], alpha=0.8)
+    first.set_yticks([*places.values()], [*places])
+    first.invert_yaxis()
+    first.grid(axis="x", lw=0.3)
+    first.set(title="H-mAP, a dot a seed", xlabel="H-mAP on val")
+    shown = [f"{arm}{precision}" for arm in "ABC" for precision in ("", "16")]
     told: set[str] = set()
-    for each in results:
-        if each["arm"] not in shown:
-            continue
+    for each in sorted((each for each in results if each["arm"] in shown), key=lambda each: str(each["arm"])):
         style = {"color": colours[each["arm"][0]], "lw": 1, "ls": "--" if each["arm"].endswith("16") else "-"}
-        first = each["arm"] not in told
+        style |= {"alpha": 0.4 if each["arm"] in told else 1.0}
+        label = None if each["arm"] in told else each["arm"]
         told.add(each["arm"])
-        style |= {"alpha": 1.0 if first else 0.4}
-        label = each["arm"] if first else None
         for panel, drawn in zip(panels, each["curves"].values(), strict=True):
             panel.plot(drawn["step"], drawn["value"], label=label, **style)
-    for panel, title in zip(
-        panels, ("loss", "gradient norm", "cosine of the sensors' gradients"), strict=True
-    ):
+    titles = ("loss", "gradient norm", "cosine of the sensors' gradients")
+    for panel, title in zip(panels, titles, strict=True):
         panel.set(title=title, xlabel="step")
-    panels[0].set_yscale("log")
-    panels[1].set_yscale("log")
+    for panel in panels[:2]:
+        panel.set_yscale("log")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis(ScalarFormatter())
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_formatter(lambda value, place: "")
     panels[2].axhline(0, color="grey", lw=0.5)
-    if any(each["arm"] in shown for each in results):
-        panels[0].legend(title="dashed: bf16")
+    if told:
+        panels[0].legend(title="dashed: bf16", ncols=2)
     figure.savefig(path, dpi=110)
 
 

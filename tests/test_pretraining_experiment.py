@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -120,3 +121,15 @@ def test_a_short_one_runs_arm_by_arm(
     (tmp_path / "protocol.yaml").write_text(yaml.safe_dump(protocol, sort_keys=False))
     with pytest.raises(SystemExit, match=r"out has questions of another protocol"):
         experiment.main([*words, "--records", str(tmp_path / "new"), "--only", "C.0"])
+
+
+def test_specialists_of_all_sensors_count_as_one_detector() -> None:
+    def told(arm: str, seed: int, **maps: float) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "sensors": {s: {"map": v, "ap50": v} for s, v in maps.items()}}
+
+    alone = [told("D", 1, sar=0.5), told("D", 1, rgb=0.25), told("D", 2, sar=0.4)]
+    results = [told("A", 1, sar=0.3, rgb=0.3, ir=0.3), *alone]
+    assert experiment.all_of(results) == [("A", pytest.approx(0.3))]
+    results.append(told("D", 1, ir=0.25))
+    assert experiment.all_of(results)[1:] == [("D", pytest.approx(3 / (2 + 4 + 4)))]
+    assert experiment.all_of([told("A16", 1)]) == []
