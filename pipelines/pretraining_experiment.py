@@ -76,6 +76,8 @@ class Arm:
     """The encoder is kept as it starts."""
     steps: int | None = None
     """Of fine-tuning where it ends early, for its curves alone: nothing is told of what it finds."""
+    every: int = 1
+    """The detector learns from every so many-th image."""
 
     @property
     def folder(self) -> str:
@@ -93,8 +95,10 @@ def arms(protocol: Mapping[str, Any]) -> list[Arm]:
             if seed in about.get("seeds", protocol["seeds"]):
                 groups = [(sensor,) for sensor in sensors] if about.get("alone") else [sensors]
                 precision = about.get("precision", protocol["train"].get("precision", Recipe.precision))
-                rest = about.get("architecture", {}), about.get("frozen", False), about.get("steps")
-                found += [Arm(name, seed, about.get("taps"), group, precision, *rest) for group in groups]
+                rest = {
+                    key: about[key] for key in ("architecture", "frozen", "steps", "every") if key in about
+                }
+                found += [Arm(name, seed, about.get("taps"), group, precision, **rest) for group in groups]
     return found
 
 
@@ -142,7 +146,7 @@ def fine_tuning(arm: Arm, protocol: Mapping[str, Any], start: Mapping[str, str] 
         **own,
         "seed": arm.seed,
         "precision": arm.precision,
-        "data": {**own.get("data", {}), "sensors": list(arm.sensors)},
+        "data": {**own.get("data", {}), "sensors": list(arm.sensors), "every": arm.every},
         "model": {**own["model"], "architecture": size, "freeze_encoder": arm.frozen, **(start or {})},
     }
     return from_plain(Recipe, plain)
@@ -341,6 +345,7 @@ def fingerprint(protocol: Mapping[str, Any], arm: Arm, steps: int | None) -> str
     same = {name: protocol[name] for name in parts if name not in ("seeds", "arms")}
     own: list[Any] = [arm.taps, arm.sensors, arm.precision, arm.architecture, arm.steps]
     own += ["frozen"] if arm.frozen else []
+    own += [arm.every] if arm.every != 1 else []
     return hashlib.sha256(json.dumps([same, own, steps], sort_keys=True).encode()).hexdigest()[:16]
 
 

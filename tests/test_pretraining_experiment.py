@@ -34,7 +34,8 @@ def test_the_arms_of_the_protocol_differ_in_what_it_says_alone() -> None:
     assert {arm.steps for arm in every if arm.precision == "bf16"} == {300}
     assert [arm.folder for arm in every if arm.architecture] == ["A192.1", "A256.1"]
     assert [arm.folder for arm in every if arm.frozen] == ["AF.1", "CF.1", "BF.1"]
-    assert len(every) == 3 * 3 + 3 + 3 + 2 + 3
+    assert {arm.name: arm.every for arm in every if arm.every != 1} == {"AT": 10, "CT": 10}
+    assert len(every) == 3 * 3 + 3 + 3 + 2 + 3 + 2 * 3
     assert [arm.folder for arm in every if arm.name == "D"] == ["D.1.sar", "D.1.rgb", "D.1.ir"]
     assert [arm.taps for arm in every[:4]] == [None, "paper", "last", None]
     recipe = from_plain(Recipe, protocol["train"])

@@ -575,6 +575,12 @@ def test_chips_and_scenes_are_learnt_from_too(tmp_path: Path) -> None:
     assert len(data.judge["rgb"].samples) == judged > 0
     names = {data.learn["rgb"].samples[i]["name"] for i in range(learnt + 4)}
     assert len(names) == learnt + 1  # four windows of one scene
+    some = recipe(2, data={"sensors": ["rgb"], "background": False, "every": 3}, header={})
+    thinned = TrainingData(some, data.config, [tmp_path / "chips", tmp_path / "scenes.yaml"])
+    shown = [thinned.learn["rgb"].samples[i]["name"] for i in range(len(thinned.learn["rgb"].samples))]
+    every = [data.learn["rgb"].samples[i]["name"] for i in range(learnt + 4)]
+    assert shown == [*every[:learnt:3], *every[learnt::3]]  # of each source
+    assert len(thinned.judge["rgb"].samples) == judged
     fit(how, [tmp_path / "chips", tmp_path / "scenes.yaml"], Place(folder=tmp_path / "run", device="cpu"))
     header = checkpoints.read_header(tmp_path / "run" / "best.safetensors")
     assert data.contents["rgb to learn"].startswith(f"{learnt + 4} images (")

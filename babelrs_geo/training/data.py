@@ -164,20 +164,20 @@ def _scenes(path: Path, sensor: str, split: str, classes: Sequence[str]) -> Sour
 
 def _learnt(source: Source, part: DataPart) -> Source:
     """Without images that are not learnt from."""
-    if part.background and part.least <= 1:
-        return source
     samples = source.samples
-    if isinstance(samples, FrameDataset):
-        kept = [i for i, r in enumerate(samples.records) if _fits(len(r.boxes), _size(r.path), part)]
+    kept: Sequence[int] = range(0, len(samples), part.every)
+    if part.background and part.least <= 1:
+        pass
+    elif isinstance(samples, FrameDataset):
+        records = samples.records
+        kept = [i for i in kept if _fits(len(records[i].boxes), _size(records[i].path), part)]
     elif isinstance(samples, ChipDataset):
         rows = samples.table[["objects", "width", "height"]].to_numpy()
-        kept = [i for i, (objects, *size) in enumerate(rows) if _fits(objects, size, part)]
+        kept = [i for i in kept if _fits(rows[i][0], rows[i][1:], part)]
     else:
-        kept = [
-            i
-            for i in range(len(samples))
-            if _fits(len(samples[i]["labels"]), samples[i]["image"].shape[1:], part)
-        ]
+        kept = [i for i in kept if _fits(len(samples[i]["labels"]), samples[i]["image"].shape[1:], part)]
+    if len(kept) == len(samples):
+        return source
     return Source(Subset(samples, kept), source.gsd, source.about)  # type: ignore[arg-type]
 
 

@@ -57,6 +57,8 @@ class DataPart:
     """Learn from images without objects too."""
     least: int = 1
     """Images with a shorter side are not learnt from, in pixels."""
+    every: Count = 1
+    """Learn from every so many-th image of a source, from the first: what fewer labels are good for."""
 
 
 @dataclass(frozen=True, kw_only=True)
