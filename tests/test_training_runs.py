@@ -356,7 +356,7 @@ def test_a_run_goes_on_with_the_data_it_began_with_alone(whole: Path, soi: Path,
 def course(how: Recipe, world: int) -> dict[str, Any]:
     return {
         "name": how.name,
-        "recipe": "",
+        "settings": how,
         "steps": how.steps,
         "precision": how.precision,
         "processes": how.processes,
@@ -516,6 +516,22 @@ def test_a_checkpoint_that_is_none_is_told(whole: Path, soi: Path, tmp_path: Pat
     ) as caught:
         run(tmp_path, soi, resume=True)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_its_recipe_says_less(
+    whole: Path, soi: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    state = torch.load(folder / "last.ckpt", weights_only=True)
+    plain = yaml.safe_load(state["recipe"])
+    for key, value, odd in (("every", None, ""), ("every", 2, "data.every"), ("of_old", 1, "data.of_old")):
+        data = {k: v for k, v in plain["data"].items() if k != "every"} | ({key: value} if value else {})
+        torch.save({**state, "recipe": yaml.safe_dump({**plain, "data": data})}, folder / "last.ckpt")
+        if odd:
+            with pytest.raises(ParameterError, match=f"differs from the recipe in .*{odd}"):
+                run(folder, soi, resume=True)
+        else:
+            assert run(folder, soi, resume=True).step == STEPS
 
 
 def test_scenes_that_a_file_names_badly_are_told(soi: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def fit(recipe: Recipe, data: Sequence[Path], place: Place) -> Trained:
     begun = time.monotonic()
     course = Course(
         name=recipe.name,
-        recipe=write(recipe),
+        settings=recipe,
         steps=recipe.steps,
         precision=recipe.precision,
         processes=recipe.processes,

@@ -6,7 +6,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from babelrs_geo.drafts import draft
 from babelrs_geo.errors import ParameterError, WeightsError
+from babelrs_geo.models.plain import from_plain, to_plain
 from babelrs_geo.training.keeping import LAST, Keeper, Progress
 from babelrs_geo.training.logs import CsvLog
 from babelrs_geo.training.measured import Measured
-from babelrs_geo.training.settings import differing
+from babelrs_geo.training.settings import differing, write
 
 RECIPE = "recipe.yaml"
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -54,8 +55,8 @@ class Course:
     """What Lightning must know of a run."""
 
     name: str
-    recipe: str
-    """As YAML, which checkpoints hold."""
+    settings: Any
+    """The recipe, whatever kind of run it is for."""
     steps: int
     precision: str
     processes: int | None
@@ -66,6 +67,20 @@ class Course:
     strategy: Strategy = "ddp"
     unused: bool = False
     """Some parameters that train get no gradient."""
+
+    @property
+    def recipe(self) -> str:
+        """As YAML, which checkpoints hold."""
+        return write(self.settings)
+
+    def differs(self, recipe: str) -> list[str]:
+        """Keys in which another recipe differs, as YAML. What it does not say, as one of an earlier version, is as it
+        would be now unless told otherwise.
+        """
+        plain = yaml.safe_load(recipe)
+        with suppress(ParameterError):  # keys that there are no longer
+            plain = to_plain(from_plain(type(self.settings), plain))
+        return differing(plain, to_plain(self.settings))
 
 
 def begin(course: Course, place: Place) -> dict[str, Any] | None:
@@ -94,7 +109,7 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
             f"{place.folder} holds a run already; go on with it by --resume auto, or choose another folder"
         )
     state = _state(last)
-    odd = differing(yaml.safe_load(state["recipe"]), yaml.safe_load(course.recipe))
+    odd = course.differs(state["recipe"])
     if odd:
         raise ParameterError(
             f"the run in {place.folder} differs from the recipe in {', '.join(odd[:3])}"

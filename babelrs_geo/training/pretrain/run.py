@@ -224,7 +224,7 @@ def fit(
     begun = time.monotonic()
     course = Course(
         name=recipe.name,
-        recipe=write(recipe),
+        settings=recipe,
         steps=recipe.steps,
         precision=recipe.precision,
         processes=recipe.processes,
