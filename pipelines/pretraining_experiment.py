@@ -147,6 +147,7 @@ def fine_tuning(arm: Arm, protocol: Mapping[str, Any], start: Mapping[str, str] 
         "seed": arm.seed,
         "precision": arm.precision,
         "data": {**own.get("data", {}), "sensors": list(arm.sensors), "every": arm.every},
+        "run": {**own.get("run", {}), "judge": arm.steps is None},
         "model": {**own["model"], "architecture": size, "freeze_encoder": arm.frozen, **(start or {})},
     }
     return from_plain(Recipe, plain)
@@ -163,7 +164,7 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any]:
         "arm": arm.name,
         "seed": arm.seed,
         "sensors": {s: {k: header.metrics[s][k] for k in shown} for s in judged},
-        "h_map": header.metrics["h_map"],
+        "h_map": header.metrics.get("h_map"),
         "gradients": means,
         "minutes_by_machine": header.training.get("minutes_by_machine", {}),
         "curves": {name: curve(log, name) for name in ("loss", "gradient", "cosine")},
