@@ -296,7 +296,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     fine-tuning. As a PNG.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     first, *panels = figure.subplots(2, 2).flatten()
@@ -323,10 +323,9 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set(title=title, xlabel="step")
     for panel in panels[:2]:
         panel.set_yscale("log")
-        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            axis(ScalarFormatter())
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_minor_formatter(lambda value, place: "")
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(NullFormatter())
     panels[2].axhline(0, color="grey", lw=0.5)
     if told:
         panels[0].legend(title="dashed: bf16", ncols=2)

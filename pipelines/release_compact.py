@@ -44,7 +44,7 @@ def measure(model: Detector, header: Header, recipe: Recipe, data: Path) -> Head
     found = _verdict(judge(model, judged, recipe, step))
     with without_transformer(model):
         silent = _verdict(judge(model, judged, recipe, step))
-    metrics = {**found.reports, "h_map": found.h_map, "h_map_without_transformer": silent.h_map}
+    metrics = {**found.metrics(), "h_map_without_transformer": silent.h_map}
     return replace(header, thresholds=found.thresholds, metrics=metrics)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 import shutil
 import sys
 import tempfile
@@ -57,12 +56,17 @@ def pack(data: Path, parts: Path, limit: int) -> list[Path]:
     parts.mkdir(parents=True, exist_ok=True)
     made, groups = [], list(_groups(data, files, limit))
     for number, group in enumerate(groups, 1):
-        path = parts / f"part{number}of{len(groups)}.zip"
+        path = parts / archive_name(number, len(groups))
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for file in group:
                 archive.write(file, str(file.relative_to(data)))
         made.append(path)
     return made
+
+
+def archive_name(number: int, count: int) -> str:
+    """Of one of so many, from 1 on."""
+    return f"part{number}of{count}.zip"
 
 
 def _groups(data: Path, files: Sequence[Path], limit: int) -> Iterator[list[Path]]:
@@ -83,15 +87,16 @@ def _groups(data: Path, files: Sequence[Path], limit: int) -> Iterator[list[Path
 
 def unpack(parts: Path, folder: Path) -> None:
     """What is in the archives of `parts`, under `folder`. ParameterError where there are none, or not all of them."""
-    archives = {path.name: path for path in parts.glob("part*of*.zip")}
+    archives = {path.name: path for path in parts.glob("part[0-9]*of[0-9]*.zip")}
     if not archives:
         raise ParameterError(f"{parts} holds no archive; make them by: {Path(__file__).name} pack")
-    count = {int(found[1]) for name in archives if (found := re.fullmatch(r"part\d+of(\d+)\.zip", name))}
-    if len(count) != 1:
+    counts = {int(name.removesuffix(".zip").rpartition("of")[2]) for name in archives}
+    if len(counts) != 1:
         raise ParameterError(f"{parts} holds archives of more than one packing; leave those of one")
-    wanted = [f"part{number}of{max(count)}.zip" for number in range(1, max(count) + 1)]
+    (count,) = counts
+    wanted = [archive_name(number, count) for number in range(1, count + 1)]
     if lacking := [name for name in wanted if name not in archives]:
-        raise ParameterError(f"{parts} lacks {', '.join(lacking)}; carry all {max(count)} archives")
+        raise ParameterError(f"{parts} lacks {', '.join(lacking)}; carry all {count} archives")
     for name in wanted:
         with zipfile.ZipFile(archives[name]) as archive:
             archive.extractall(folder)
@@ -136,14 +141,13 @@ def seconds_a_step(recipe: Recipe, data: Path, device: str) -> list[float]:
     run = replace(
         recipe.run, log_every=1, validate_every=0, judge=False, gradients_every=0, tensorboard=False
     )
-    took = []
-    for phase in recipe.phases:
-        short = replace(recipe, phases=(replace(phase, steps=PROBES, warmup=0, cooldown=0),), run=run)
-        with tempfile.TemporaryDirectory() as folder:
-            fit(short, [data], Place(folder=Path(folder), device=device))
-            with (Path(folder) / "log.csv").open(newline="") as log:
-                took.append(median([float(row["seconds_a_step"]) for row in csv.DictReader(log)][SKIPPED:]))
-    return took
+    ends = range(PROBES, PROBES * (len(recipe.phases) + 1), PROBES)
+    short = [replace(p, steps=end, warmup=0, cooldown=0) for p, end in zip(recipe.phases, ends, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        fit(replace(recipe, phases=tuple(short), run=run), [data], Place(folder=Path(folder), device=device))
+        with (Path(folder) / "log.csv").open(newline="") as log:
+            took = [float(row["seconds_a_step"]) for row in csv.DictReader(log)]
+    return [median(took[end - PROBES + SKIPPED : end]) for end in ends]
 
 
 def fitted(recipe: Recipe, took: Sequence[float], seconds: float) -> Recipe:
@@ -168,7 +172,7 @@ def fitted(recipe: Recipe, took: Sequence[float], seconds: float) -> Recipe:
 
 def train(args: argparse.Namespace) -> Trained:
     """Unpack, train for as long as there is time, and leave what there is in pieces."""
-    begun = time.monotonic()
+    end = time.monotonic() + 60 * (args.minutes or 0)
     if args.whole and args.minutes is None:
         raise ParameterError("--whole is told by --minutes how long the run may take; give them")
     recipe = read(args.recipe, args.set)
@@ -177,18 +181,18 @@ def train(args: argparse.Namespace) -> Trained:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         unpack(args.parts, data)
-        if (args.out / LAST).is_file() and args.whole:
-            recipe = read(str(args.out / RECIPE), [])  # as it was fitted
+        minutes = None  # a run that was fitted is not cut short of its cooldown
+        if args.whole and (args.out / LAST).is_file():
+            recipe = read(str(args.out / RECIPE))  # as it was fitted
         elif args.whole:
             took = seconds_a_step(recipe, data, args.device)
-            left = 60 * args.minutes - (time.monotonic() - begun)
+            left = end - time.monotonic()
             recipe = fitted(recipe, took, (1 - SPARE) * left)
             each = ", ".join(f"{t:.2f}" for t in took)
             print(f"{each} seconds a step: {recipe.steps} steps in {left / 60:.1f} minutes", flush=True)
-        left = args.minutes
-        if left is not None:  # a run that was fitted is not cut short of its cooldown
-            left = None if args.whole else left - (time.monotonic() - begun) / 60
-        place = Place(folder=args.out, device=args.device, resume=True, minutes=left)
+        elif args.minutes is not None:
+            minutes = (end - time.monotonic()) / 60
+        place = Place(folder=args.out, device=args.device, resume=True, minutes=minutes)
         try:
             done = fit(recipe, [data], place)
         finally:

@@ -90,12 +90,7 @@ def test_pieces_make_the_file_again_and_a_missing_one_is_told(tmp_path: Path) ->
 def test_a_run_that_was_carried_in_pieces_is_the_run(runs: Path) -> None:
     pieces = sorted(p.name for p in (runs / "there" / "pieces").iterdir())
     ended = {p.name.partition(".0")[0] for p in (runs / "here" / "pieces").iterdir()}
-    assert ended == {
-        "recipe.yaml",
-        "log.csv",
-        "best.safetensors",
-        "final.safetensors",
-    }  # what is left of a whole run
+    assert ended == {"recipe.yaml", "log.csv", "best.safetensors", "final.safetensors"}
     assert sum(name.startswith("last.ckpt") for name in pieces) > 1
     assert "recipe.yaml.000" in pieces
     assert all(p.stat().st_size <= 100_000 for p in (runs / "there" / "pieces").iterdir())
@@ -119,9 +114,8 @@ def test_a_run_is_fitted_to_the_minutes_there_are_and_goes_home_unjudged(
     kept = read_recipe(tmp_path / "run" / "recipe.yaml")
     assert 2 <= kept.steps < 100_000
     assert kept.phases[0].steps == pytest.approx(kept.steps / 2, abs=1 + 0.3 * kept.steps)
-    train_compact.main(
-        [*given, "--minutes", "0.15", "--whole", "--set", "run.judge=false"]
-    )  # nothing is left of it
+    # nothing is left of it
+    train_compact.main([*given, "--minutes", "0.15", "--whole", "--set", "run.judge=false"])
     here = tmp_path / "here"
     assert train_compact.join(tmp_path / "run" / "pieces", here) == [
         "recipe.yaml",

@@ -344,6 +344,7 @@ def test_a_run_goes_on_with_the_data_it_began_with_alone(whole: Path, soi: Path,
     folder = shutil.copytree(whole, tmp_path / "run")
     moved = shutil.copytree(soi, tmp_path / "soi")
     assert run(folder, moved, resume=True).step == STEPS
+    assert run(folder, moved, recipe(run=run_part(judge=False)), resume=True).step == STEPS
     label = moved / "DOTA_800pix" / "train" / "annfiles" / "0.txt"
     for text in ("", "30 20 60 20 60 33 30 33 plane 0\n"):
         label.write_text(text)
@@ -354,15 +355,7 @@ def test_a_run_goes_on_with_the_data_it_began_with_alone(whole: Path, soi: Path,
 
 
 def course(how: Recipe, world: int) -> dict[str, Any]:
-    return {
-        "name": how.name,
-        "settings": how,
-        "steps": how.steps,
-        "precision": how.precision,
-        "processes": how.processes,
-        "turns": how.turns(world),
-        "tensorboard": False,
-    }
+    return {"settings": how, "turns": how.turns(world)}
 
 
 def test_a_run_in_turns_that_is_stopped_goes_on_as_if_nothing_had_happened(soi: Path, tmp_path: Path) -> None:

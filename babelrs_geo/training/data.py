@@ -306,14 +306,15 @@ class TrainingData(RunData):
         self.pinned = False
         part, classes = recipe.data, config.classes
         self.learn = sources(paths, part.train, classes, part, learn=True)
-        self.judge = sources(paths, part.val, classes, part, learn=False) if recipe.run.judge else {}
+        judged = part.sensors if recipe.run.judge else ()
+        self.judge = sources(paths, part.val, classes, part, learn=False) if judged else {}
         told = ", ".join(map(str, paths)) or "no --data"
         if lacking := [s for s in part.sensors if s not in self.learn]:
             raise LabelError(
                 f"{told} has nothing to learn from of {', '.join(lacking)} in split {part.train[lacking[0]]}; add "
                 f"some, or leave it out: --set data.sensors=[{', '.join(self.learn)}]"
             )
-        if lacking := [s for s in part.sensors if recipe.run.judge and s not in self.judge]:
+        if lacking := [s for s in judged if s not in self.judge]:
             raise LabelError(
                 f"{told} has nothing to judge {', '.join(lacking)} on in split {part.val.get(lacking[0])}; cut "
                 f"chips with a split for it, or name another: --set data.val.{lacking[0]}=..."
@@ -325,6 +326,13 @@ class TrainingData(RunData):
         """Those to learn from and to judge on."""
         parts = {"learn": self.learn, "judge": self.judge}
         return {f"{s} to {part}": outline(own.samples) for part, by in parts.items() for s, own in by.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for any run's data; what a run was judged on does not matter where it goes on unjudged."""
+        before = state_dict["contents"]
+        if not self.recipe.run.judge:
+            before = {name: told for name, told in before.items() if not name.endswith(" to judge")}
+        super().load_state_dict({"contents": before})
 
     def mixture(self, phase: Phase) -> Mixture:
         """The sources as a phase looks at them."""

@@ -25,7 +25,7 @@ from babelrs_geo.training.recipe import ModelPart, Recipe
 from babelrs_geo.training.schedules import freeze_prior
 from babelrs_geo.training.settings import write
 from babelrs_geo.training.trainer import RECIPE, Course, Place, begin, train
-from babelrs_geo.training.validation import BEST, FINAL, DetectorKeeper, Verdict
+from babelrs_geo.training.validation import BEST, FINAL, UNJUDGED_SCORE, DetectorKeeper, Verdict
 
 _CLASSED = ("gfl_cls.", "fc_cls.")  # outputs whose number follows from the classes
 
@@ -48,7 +48,7 @@ class Trained:
     def judged(self) -> str:
         """How good the weights are, in words."""
         if self.final is None:
-            return "not judged, and reports from scores of .5; babelrs-geo evaluate judges"
+            return f"not judged, and reports from scores of {UNJUDGED_SCORE}; babelrs-geo evaluate judges"
         return f"H-mAP {self.best:.3f} after step {self.best_step}, {self.final:.3f} at the end"
 
 
@@ -116,13 +116,8 @@ def fit(recipe: Recipe, data: Sequence[Path], place: Place) -> Trained:
     """
     begun = time.monotonic()
     course = Course(
-        name=recipe.name,
         settings=recipe,
-        steps=recipe.steps,
-        precision=recipe.precision,
-        processes=recipe.processes,
         turns=recipe.turns(place.devices * place.nodes),
-        tensorboard=recipe.run.tensorboard,
         unused=len(recipe.data.sensors) < 3,
     )
     state = begin(course, place)

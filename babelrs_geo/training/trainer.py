@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -25,6 +26,10 @@ from babelrs_geo.training.keeping import LAST, Keeper, Progress
 from babelrs_geo.training.logs import CsvLog
 from babelrs_geo.training.measured import Measured
 from babelrs_geo.training.settings import differing, write
+
+if TYPE_CHECKING:
+    from babelrs_geo.training.pretrain.recipe import PretrainRecipe
+    from babelrs_geo.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 _PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -54,23 +59,16 @@ class Place:
 class Course:
     """What Lightning must know of a run."""
 
-    name: str
-    settings: Any
-    """The recipe, whatever kind of run it is for."""
-    steps: int
-    precision: str
-    processes: int | None
-    """For how many the recipe is written; any if None."""
-    tensorboard: bool
+    settings: Recipe | PretrainRecipe
     turns: int = 1
     """Parts of a step that each process computes."""
     strategy: Strategy = "ddp"
     unused: bool = False
     """Some parameters that train get no gradient."""
 
-    @property
+    @cached_property
     def recipe(self) -> str:
-        """As YAML, which checkpoints hold."""
+        """The settings as YAML, which checkpoints hold."""
         return write(self.settings)
 
     def differs(self, recipe: str) -> list[str]:
@@ -90,10 +88,10 @@ def begin(course: Course, place: Place) -> dict[str, Any] | None:
     be written; WeightsError for a checkpoint that is none.
     """
     first, world = getattr(rank_zero_only, "rank", 0) == 0, place.devices * place.nodes
-    shares = world * course.turns
-    if course.processes not in (None, shares) and first:
+    shares, recipe = world * course.turns, course.settings
+    if recipe.processes not in (None, shares) and first:
         warnings.warn(
-            f"recipe {course.name} is written for {course.processes} processes, which this run's {world} cannot share: "
+            f"recipe {recipe.name} is written for {recipe.processes} processes, which this run's {world} cannot share: "
             "a step sees fewer or more images than it is tuned for; take a number that divides them",
             stacklevel=3,
         )
@@ -182,10 +180,10 @@ def _trainer(course: Course, place: Place, keeper: Keeper, start: int) -> Traine
         raise ParameterError(f'device is "{device}"; expected auto, cpu or cuda')
     if device == "cuda" and torch.cuda.device_count() < place.devices:
         raise ParameterError(f"{place.devices} GPUs were asked for and there are {torch.cuda.device_count()}")
-    if device == "cpu" and course.precision == "16":
+    if device == "cpu" and course.settings.precision == "16":
         raise ParameterError("precision 16 needs a GPU; on a CPU take --set precision=bf16 or 32")
     loggers: list[Any] = [CsvLog(place.folder / "log.csv", start)]
-    if course.tensorboard:
+    if course.settings.run.tensorboard:
         loggers.append(
             TensorBoardLogger(
                 place.folder, name="tensorboard", version="", purge_step=start + 1 if start else None
@@ -196,8 +194,8 @@ def _trainer(course: Course, place: Place, keeper: Keeper, start: int) -> Traine
         devices=place.devices,
         num_nodes=place.nodes,
         strategy=_strategy(course, place, device),
-        precision=_PRECISIONS[course.precision],  # type: ignore[arg-type]
-        max_steps=course.steps,
+        precision=_PRECISIONS[course.settings.precision],  # type: ignore[arg-type]
+        max_steps=course.settings.steps,
         max_epochs=-1,
         logger=loggers,
         callbacks=[keeper, _About(course)],

@@ -93,15 +93,14 @@ class DetectorKeeper(Keeper):
     def judge(self, trainer: Trainer, module: Measured, step: int) -> None:
         """Judge the weights as they would be stored: in half precision."""
         assert isinstance(module, DetectorTraining)
-        model = copy.deepcopy(module.kept).requires_grad_(False)
-        model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
         rank, world = trainer.global_rank, trainer.world_size
         if not self.recipe.run.judge:
             if rank == 0 and step == self.recipe.steps:
-                own = {s: model.config.classes[s] for s in self.recipe.data.sensors}
+                own = {s: module.kept.config.classes[s] for s in self.recipe.data.sensors}
                 header = self.describe(Verdict.none(step, own), self.spent)
-                checkpoints.save(self.folder / FINAL, model, header)
+                checkpoints.save(self.folder / FINAL, as_stored(module.kept), header)
             return
+        model = as_stored(module.kept)
         verdict = judge(model, self.data.judge, self.recipe, step, rank=rank, world=world)
         if verdict is not None:
             self.tell(trainer, {f"val_{k}": v for k, v in verdict.figures().items()}, step)
@@ -117,6 +116,13 @@ class DetectorKeeper(Keeper):
         self.last = told[0]
         if self.last > self.best:
             self.best, self.best_step = self.last, step
+
+
+def as_stored(model: Detector) -> Detector:
+    """A copy in the half precision of a file."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
+    return model
 
 
 def judge(

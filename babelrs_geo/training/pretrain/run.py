@@ -223,12 +223,7 @@ def fit(
     """
     begun = time.monotonic()
     course = Course(
-        name=recipe.name,
         settings=recipe,
-        steps=recipe.steps,
-        precision=recipe.precision,
-        processes=recipe.processes,
-        tensorboard=recipe.run.tensorboard,
         strategy=recipe.strategy,
     )
     state = begin(course, place)
